@@ -1,0 +1,218 @@
+//! `rvs realserver up|check|down`: this host as a real server of an LVS director.
+//!
+//! Works in the network namespace it is started in and needs no rvsd. What is right and what mends it is decided by
+//! `rvs_control::realserver`; `rvs_sys::realserver` observes and acts.
+
+use std::io::Write;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use rvs_control::firewall::Rules;
+use rvs_control::realserver::{Finding, Mode, Op, Refused, Wanted, desired};
+use rvs_sys::firewall::arp_readings;
+use rvs_sys::netlink::{NetError, Netlink};
+use rvs_sys::netns::{self, NetnsError};
+use rvs_sys::realserver::{self, Down, RealserverError, RecordFile};
+use rvs_sys::sysctl::ProcSys;
+
+const EXIT_DONE: u8 = 0;
+const EXIT_REFUSED: u8 = 1;
+
+#[derive(Debug, Subcommand)]
+pub enum Realserver {
+    /// Make this host a real server for the VIPs: the addresses on lo, silent for ARP
+    Up(UpArgs),
+    /// Say what is wrong with this host as a real server, and the command that mends it
+    ///
+    /// Exits with 1 when something is wrong. Without --vip: for what the last `up` was told.
+    Check(CheckArgs),
+    /// Put back what was there before `up`
+    Down(DownArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// A virtual address; may be given several times
+    #[arg(long = "vip", value_name = "ADDRESS", required = true)]
+    vips: Vec<IpAddr>,
+    #[command(flatten)]
+    how: How,
+    #[command(flatten)]
+    state: State,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// A virtual address; may be given several times
+    #[arg(long = "vip", value_name = "ADDRESS")]
+    vips: Vec<IpAddr>,
+    #[command(flatten)]
+    how: How,
+    #[command(flatten)]
+    state: State,
+}
+
+#[derive(Debug, Args)]
+pub struct DownArgs {
+    #[command(flatten)]
+    state: State,
+}
+
+#[derive(Debug, Args)]
+struct How {
+    /// How the director sends to this host
+    #[arg(long, value_enum, default_value = "dr")]
+    mode: ModeName,
+    /// An interface by which requests come; may be given several times [default: all Ethernet interfaces]
+    #[arg(long = "interface", value_name = "NAME")]
+    interfaces: Vec<String>,
+    /// The routers and clients on the link have static ARP entries for the VIPs, so ARP needs no silencing here
+    #[arg(long)]
+    static_arp: bool,
+}
+
+#[derive(Debug, Args)]
+struct State {
+    /// The file that remembers what to put back [default: /run/rvs/realserver.json, or realserver-NAME.json there in
+    /// the network namespace NAME]
+    #[arg(long = "state", value_name = "FILE")]
+    path: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ModeName {
+    Dr,
+    Tun,
+    Fullnat,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Realserver(#[from] RealserverError),
+    #[error(transparent)]
+    Net(#[from] NetError),
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    #[error("{0} changes addresses and settings of this host: run it as root")]
+    NotRoot(&'static str),
+    #[error("cannot write the output: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+/// Runs one subcommand; its exit code: 0 done (or nothing wrong), 1 refused (or something wrong).
+pub fn main(args: &Realserver, stdout: &mut dyn Write, stderr: &mut dyn Write) -> u8 {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done = runtime.map_err(Error::Output).and_then(|runtime| runtime.block_on(run(args, stdout, stderr)));
+    done.unwrap_or_else(|error| {
+        // If nobody takes it there is nobody to tell.
+        let _ = writeln!(stderr, "rvs: {error}");
+        EXIT_REFUSED
+    })
+}
+
+async fn run(args: &Realserver, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Result<u8, Error> {
+    let code = match args {
+        Realserver::Up(args) => up(args, stdout, stderr).await,
+        Realserver::Check(args) => check(args, stdout, stderr).await,
+        Realserver::Down(args) => down(args, stdout).await,
+    }?;
+    stdout.flush()?;
+    Ok(code)
+}
+
+async fn up(args: &UpArgs, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Result<u8, Error> {
+    let wanted = args.how.wanted(args.vips.clone());
+    wanted.check().map_err(RealserverError::from)?;
+    must_be_root("realserver up")?;
+    let (net, sysctl) = (Netlink::open()?, ProcSys::default());
+    let ops = realserver::up(&net, &sysctl, &wanted, arp_rules(stderr), &args.state.record()?).await?;
+    for op in &ops {
+        match op {
+            Op::Set { old, .. } => writeln!(stdout, "{op} (was {old})")?,
+            Op::AddAddr { .. } | Op::DelAddr { .. } => writeln!(stdout, "{op}")?,
+        }
+    }
+    if ops.is_empty() {
+        writeln!(stdout, "nothing to do")?;
+    }
+    // The plan says it is right now; the host has the last word.
+    let host = realserver::observe(&net, &sysctl, arp_rules(stderr)).await?;
+    let findings = desired(&wanted, &host).map_err(RealserverError::from)?;
+    report(&wanted, &findings, stdout)
+}
+
+async fn check(args: &CheckArgs, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Result<u8, Error> {
+    let wanted = if args.vips.is_empty() {
+        args.state.record()?.told()?.ok_or(RealserverError::Refused(Refused::NoVip))?
+    } else {
+        args.how.wanted(args.vips.clone())
+    };
+    wanted.check().map_err(RealserverError::from)?;
+    let host = realserver::observe(&Netlink::open()?, &ProcSys::default(), arp_rules(stderr)).await?;
+    let findings = desired(&wanted, &host).map_err(RealserverError::from)?;
+    report(&wanted, &findings, stdout)
+}
+
+async fn down(args: &DownArgs, stdout: &mut dyn Write) -> Result<u8, Error> {
+    must_be_root("realserver down")?;
+    match realserver::down(&Netlink::open()?, &ProcSys::default(), &args.state.record()?).await? {
+        Down::Nothing => writeln!(stdout, "nothing to put back: there is no record of an `rvs realserver up`")?,
+        Down::Restored { notes } => {
+            for note in notes {
+                writeln!(stdout, "note: {note}")?;
+            }
+            writeln!(stdout, "everything is as it was before `rvs realserver up`")?;
+        }
+    }
+    Ok(EXIT_DONE)
+}
+
+fn report(wanted: &Wanted, findings: &[Finding], stdout: &mut dyn Write) -> Result<u8, Error> {
+    for Finding { problem, mend } in findings {
+        writeln!(stdout, "wrong: {problem}")?;
+        writeln!(stdout, "  why: {}", problem.why())?;
+        writeln!(stdout, "  mend: {mend}")?;
+    }
+    if findings.is_empty() {
+        let vips: Vec<String> = wanted.vips.iter().map(ToString::to_string).collect();
+        writeln!(stdout, "ready for direct routing: {}", vips.join(", "))?;
+        return Ok(EXIT_DONE);
+    }
+    Ok(EXIT_REFUSED)
+}
+
+/// ARP rules that may do the job of the settings. A tool that can't be asked only costs that.
+fn arp_rules(stderr: &mut dyn Write) -> Rules {
+    let (readings, errors) = arp_readings();
+    let (rules, unreadable) = Rules::read(&readings);
+    let problems = errors.iter().map(ToString::to_string).chain(unreadable.iter().map(ToString::to_string));
+    for problem in problems {
+        let _ = writeln!(stderr, "rvs: ARP rules are not considered: {problem}");
+    }
+    rules
+}
+
+fn must_be_root(command: &'static str) -> Result<(), Error> {
+    if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(Error::NotRoot(command)) }
+}
+
+impl How {
+    fn wanted(&self, vips: Vec<IpAddr>) -> Wanted {
+        let mode = match self.mode {
+            ModeName::Dr => Mode::Dr,
+            ModeName::Tun => Mode::Tun,
+            ModeName::Fullnat => Mode::Fullnat,
+        };
+        Wanted { mode, vips, interfaces: self.interfaces.clone(), static_arp: self.static_arp }
+    }
+}
+
+impl State {
+    fn record(&self) -> Result<RecordFile, NetnsError> {
+        let namespace = netns::current()?;
+        let path = self.path.clone().unwrap_or_else(|| RecordFile::default_path(&namespace));
+        Ok(RecordFile::new(path, namespace))
+    }
+}

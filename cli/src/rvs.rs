@@ -1,0 +1,87 @@
+//! `rvs`: what RVS shows and does beyond `ipvsadm`. One module a subcommand.
+//!
+//! Exit codes: 0 done, 1 refused (the reason on stderr, one line, then detail), 2 usage.
+
+mod proc;
+mod show;
+
+use std::io::{ErrorKind, Write};
+
+use clap::Subcommand;
+
+pub use proc::File;
+
+use crate::backend::{Backend, BackendError, Client};
+
+const EXIT_REFUSED: u8 = 1;
+
+/// The subcommands that ask rvsd something. What needs no rvsd has its own module beside this one; the binary joins
+/// them.
+#[derive(Debug, Subcommand)]
+pub enum Query {
+    /// Print a file of IPVS's in /proc/net, as the kernel would
+    Proc {
+        #[arg(value_enum, default_value = "ip_vs")]
+        file: File,
+    },
+    /// Count the packets that were dropped, by reason
+    Drops {
+        /// Print a JSON array of {"reason", "packets"}
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say whether rvsd is ready, and how its data plane sits on the interfaces
+    Status {
+        /// Print a JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error("can't write the output: {0}")]
+    Output(std::io::Error),
+    #[error("can't write JSON: {0}")]
+    Json(serde_json::Error),
+}
+
+/// Asks `backend` and returns the exit code.
+pub fn run(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backend: &mut dyn Backend) -> u8 {
+    let done = Client::open(backend).map_err(Error::from).and_then(|mut client| {
+        match query {
+            Query::Proc { file } => proc::print(*file, &mut client, stdout),
+            Query::Drops { json } => show::drops(*json, &mut client, stdout),
+            Query::Status { json } => show::status(*json, &mut client, stdout),
+        }?;
+        stdout.flush().map_err(Error::Output)
+    });
+    match done {
+        Ok(()) => 0,
+        // Whoever reads has seen enough.
+        Err(Error::Output(error)) if error.kind() == ErrorKind::BrokenPipe => EXIT_REFUSED,
+        Err(error) => {
+            complain(stderr, &error);
+            EXIT_REFUSED
+        }
+    }
+}
+
+/// The reason in one line, then detail; if nobody takes it there is nobody to tell.
+fn complain(stderr: &mut dyn Write, error: &Error) {
+    let _ = writeln!(stderr, "rvs: {error}");
+    let detail: Vec<String> = match error {
+        Error::Backend(BackendError::Unreachable { .. }) => {
+            vec!["Start it with `systemctl start rvsd`, or name its socket with --socket or $RVS_SOCKET.".into()]
+        }
+        Error::Backend(BackendError::Permission { .. }) => vec!["Only root may talk to rvsd.".into()],
+        Error::Backend(BackendError::Refused(refusal)) => refusal.detail.clone(),
+        _ => Vec::new(),
+    };
+    for line in detail {
+        let _ = writeln!(stderr, "  {line}");
+    }
+}

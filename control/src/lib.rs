@@ -1,0 +1,12 @@
+//! The brain of RVS: what is configured, what may be configured, and what clients say to rvsd. A function of its inputs:
+//! no sockets, no clock, no threads, no files.
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod capability;
+pub mod firewall;
+pub mod limits;
+pub mod model;
+pub mod net;
+pub mod nexthop;
+pub mod realserver;

@@ -1,0 +1,282 @@
+//! Every map of the data plane, its key and its value, once. Plain integers and byte arrays, no padding, sizes asserted.
+//!
+//! Addresses are 16 bytes as they lie in the packet (an IPv4 address in the first four, the rest 0), ports are in host order.
+//! *Configuration* maps are written by the control plane alone, *state* maps by the data plane (the control plane sets a
+//! word when a list changes); they never share a value. A change is published by one aligned 8-byte store.
+//! [`VERSION`] changes with this file: pins of another version are not adopted.
+
+use crate::conn::Policy;
+use crate::ct::Seed;
+
+/// Hash of this file's text (FNV-1a), so that no layout change goes unnoticed.
+pub const VERSION: u64 = {
+    let text = include_bytes!("abi.rs");
+    let (mut hash, mut i) = (0xcbf2_9ce4_8422_2325_u64, 0);
+    while i < text.len() {
+        hash = (hash ^ text[i] as u64).wrapping_mul(0x0100_0000_01b3);
+        i += 1;
+    }
+    hash
+};
+
+/// Names of the maps, as in the object and in the pin folder.
+pub mod map {
+    /// [`crate::ct`] words of IPv4 flows; one memory-mappable value, sized at creation.
+    pub const CONN4: &str = "CONN4";
+    /// ... of IPv6 flows.
+    pub const CONN6: &str = "CONN6";
+    /// [`super::Config`], one entry.
+    pub const CONFIG: &str = "CONFIG";
+    /// [`super::Clock`], one entry, memory-mappable.
+    pub const CLOCK: &str = "CLOCK";
+    /// The BPF timer that ticks, one entry.
+    pub const TIMER: &str = "TIMER";
+    /// [`super::Iface`] by ifindex modulo the size, see there.
+    pub const IFACES: &str = "IFACES";
+    /// [`super::ServiceKey`] -> index in [`SERVICES`] (low half), its generation (high half).
+    pub const SERVICE_KEYS: &str = "SERVICE_KEYS";
+    /// [`super::Service`] by index.
+    pub const SERVICES: &str = "SERVICES";
+    /// [`super::ServiceState`] by service index.
+    pub const SERVICE_STATE: &str = "SERVICE_STATE";
+    /// [`super::Dest`] by index; 0 is none.
+    pub const DESTS: &str = "DESTS";
+    /// [`super::DestInfo`] by dest index.
+    pub const DEST_INFO: &str = "DEST_INFO";
+    /// [`super::DestState`] by dest index.
+    pub const DEST_STATE: &str = "DEST_STATE";
+    /// [`super::Stats`] by dest index, a value for each CPU.
+    pub const DEST_STATS: &str = "DEST_STATS";
+    /// [`super::ListEntry`]: the services' lists of dests, each a run of entries.
+    pub const LISTS: &str = "LISTS";
+    /// u32 dest indexes: lookup tables of hash schedulers, each a run of entries.
+    pub const TABLES: &str = "TABLES";
+    /// [`super::Hop`] by index; 0 is none.
+    pub const HOPS: &str = "HOPS";
+    /// [`super::Hop`]s that the data plane found for replies; 0 is none.
+    pub const REPLY_HOPS: &str = "REPLY_HOPS";
+    /// u64 by [`crate::verdict::Reason`], a value for each CPU.
+    pub const VERDICTS: &str = "VERDICTS";
+}
+
+/// One entry.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// [`VERSION`] of who made the maps.
+    pub version: u64,
+    pub seed: Seed,
+    pub policy: Policy,
+    /// Buckets - 1 of CONN4 and CONN6.
+    pub mask4: u32,
+    pub mask6: u32,
+    /// Bits [`config`].
+    pub flags: u32,
+    pub pad: u32,
+    /// `--set` in seconds, as typed: tcp, tcpfin, udp, and one spare.
+    pub timeouts_s: [u32; 4],
+}
+
+/// Written by the timer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clock {
+    /// Seconds of the monotonic clock. Ages in the connection tables are in this time.
+    pub now_s: u32,
+    /// Ticks so far; a full sweep of both tables every [`SWEEP_TICKS`].
+    pub ticks: u32,
+    /// Second (high half) and messages sent in it (low half): the limit of generated ICMP errors.
+    pub icmp: u64,
+    /// Monotonic nanoseconds of the last tick.
+    pub tick_ns: u64,
+}
+
+/// The timer ticks this often; a full sweep takes [`SWEEP_TICKS`].
+pub const TICK_NS: u64 = 25_000_000;
+/// A full sweep in two seconds.
+pub const SWEEP_TICKS: u32 = 80;
+
+/// An interface with a program. Placed at `ifindex % IFACES_MAX`; two that fall together can't both have one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Iface {
+    /// 0: no interface here.
+    pub ifindex: u32,
+    pub mac: [u8; 6],
+    /// Bits [`iface`].
+    pub flags: u16,
+    pub mtu: u32,
+}
+pub const IFACES_MAX: u32 = 1024;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceKey {
+    pub address: [u8; 16],
+    pub port: u16,
+    /// IP protocol number; 0: a firewall mark, in the first four bytes of `address` (host order).
+    pub protocol: u8,
+    /// 4 or 6.
+    pub family: u8,
+}
+
+pub mod service {
+    /// The virtual address is one of this host's (kept fresh from netlink).
+    pub const LOCAL: u32 = 1;
+    /// `mh-port` and `sh-port`: the client's port is hashed too.
+    pub const HASH_PORT: u32 = 2;
+    /// `mh-fallback` and `sh-fallback`: look further when the first choice is not available.
+    pub const HASH_FALLBACK: u32 = 4;
+    /// `flag-3`.
+    pub const FLAG_3: u32 = 8;
+    pub const ONE_PACKET: u32 = 16;
+    /// Served although the address is not one of this host's (ECMP).
+    pub const NONLOCAL: u32 = 32;
+}
+
+/// A virtual service. The first 32 bytes are what a new connection reads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// First entry of the list in LISTS (low half) and number of dests (high half). One store publishes a new list.
+    pub list: u64,
+    /// First entry of the table in TABLES (low half) and its size (high half), for hash schedulers.
+    pub table: u64,
+    /// Bits [`service`].
+    pub flags: u32,
+    /// Number of [`crate::sched::Kind`].
+    pub scheduler: u32,
+    pub generation: u32,
+    /// Persistence timeout, s; 0: none.
+    pub persistence_s: u32,
+    pub key: ServiceKey,
+    /// IPv4 mask as it lies in the packet, or IPv6 prefix length.
+    pub netmask: u32,
+    /// Persistence engine, zero-padded.
+    pub engine: [u8; 16],
+    /// Order in which services were made, for listings.
+    pub serial: u64,
+    /// What `-Z`, and dests that left, took from or gave to the sum of the dests' counters (wrapping).
+    pub offset: Stats,
+    pub spare: u64,
+}
+
+/// The schedulers' machines, a word each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceState {
+    /// rr: place of the dest taken last, 1 = first of the list, 0 = before it.
+    pub rr: u64,
+    /// wrr: place as in rr (low half), current weight (high half).
+    pub wrr: u64,
+}
+
+/// One dest in a service's list, in the kernel's order (last added first).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ListEntry {
+    pub dest: u32,
+    /// Effective weight, 0..2^31-1.
+    pub weight: u32,
+}
+/// The entry before the first of a list, for wrr: greatest common divisor of the weights in `dest`, and in `weight` the largest
+/// weight - (divisor - 1); 0: no weight at all.
+pub type ListHead = ListEntry;
+
+pub mod dest {
+    /// Forwarding method, with the kernel's numbers.
+    pub const METHOD: u32 = 7;
+    pub const MASQ: u32 = 0;
+    pub const LOCAL_NODE: u32 = 1;
+    pub const TUNNEL: u32 = 2;
+    pub const ROUTE: u32 = 3;
+    pub const BYPASS: u32 = 4;
+    pub const FULLNAT: u32 = 5;
+    /// In its service's list (not in the trash).
+    pub const AVAILABLE: u32 = 8;
+    /// An address of this host.
+    pub const LOCAL: u32 = 16;
+    pub const V6: u32 = 32;
+}
+
+/// A dest (real server of one service), what each packet reads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dest {
+    /// Bits [`dest`] (low half) and index in HOPS (high half; 0: not ready, ask the routing table). One store publishes both.
+    pub out: u64,
+    pub address: [u8; 16],
+    /// 0: the connection's own port.
+    pub port: u16,
+    pub mtu: u16,
+    /// Index of its service.
+    pub service: u32,
+}
+
+/// A dest, what only the control plane reads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DestInfo {
+    pub generation: u32,
+    /// Configured weight; the effective one is in the list.
+    pub weight: u32,
+    /// Last weight that was not 0 (mh).
+    pub last_weight: u32,
+    pub upper_threshold: u32,
+    pub lower_threshold: u32,
+    /// Port in the low half, then type (0 ipip, 1 gue, 2 gre) and checksum flags, a byte each.
+    pub tunnel: u32,
+    /// What `-Z` took from its counters (wrapping).
+    pub offset: Stats,
+}
+
+/// Shared by all CPUs, moved atomically.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DestState {
+    /// ActiveConn, as i64: may be below 0 for an instant.
+    pub active: u64,
+    /// InActConn, the same.
+    pub inactive: u64,
+    /// Bit 0: overloaded (thresholds).
+    pub flags: u64,
+    pub persistent: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    pub connections: u64,
+    pub packets_in: u64,
+    pub packets_out: u64,
+    /// Lengths of the IP packets.
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+}
+
+/// A next hop: the first twelve bytes of a frame, and where it leaves.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hop {
+    /// Destination and source MAC, as they lie in the frame.
+    pub macs: [u32; 3],
+    /// 0: no hop.
+    pub ifindex: u32,
+}
+pub const REPLY_HOPS_MAX: u32 = 256;
+
+/// Sizes, and no padding: the sum of the fields.
+const _: () = {
+    assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 16 + 16);
+    assert!(size_of::<Clock>() == 24);
+    assert!(size_of::<Iface>() == 16);
+    assert!(size_of::<ServiceKey>() == 20);
+    assert!(size_of::<Service>() == 32 + 20 + 4 + 16 + 8 + 40 + 8);
+    assert!(size_of::<ServiceState>() == 16);
+    assert!(size_of::<ListEntry>() == 8);
+    assert!(size_of::<Dest>() == 32);
+    assert!(size_of::<DestInfo>() == 24 + 40);
+    assert!(size_of::<DestState>() == 32);
+    assert!(size_of::<Stats>() == 40);
+    assert!(size_of::<Hop>() == 16);
+};

@@ -1,0 +1,329 @@
+//! The way of a packet. Read this first.
+//!
+//! ```text
+//! for our MAC? -> parse -> connection? -- forward --> state, age, count -> rewrite for the dest -> out
+//!                   ^         |     \--- reverse --> its flow -> state, count -> source = VIP -> out
+//!                   |         no
+//!                   |         v
+//!                   |  virtual service of this host? -> first packet of a flow? -> scheduler -> enter
+//!                   \------------------------------------------------------------------------/
+//! ```
+//! The connection comes first: an established flow never pays for a service lookup. The packet that opens a flow is then its first
+//! packet like any other. Each packet leaves through one [`Verdict`].
+
+use crate::abi::{Dest, ServiceKey, dest, service};
+use crate::conn::{self, Conns, HitOf};
+use crate::ct::{self, Found, V4, V6};
+use crate::icmp::{Answer, Error};
+use crate::packet::{ETHERTYPE, Flow, Ip, L3, Packet, Window, parse};
+use crate::proto::tcp::{self, Way};
+use crate::sched;
+use crate::tables::{Of, Route, Tables};
+use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use crate::xmit::{self, End};
+
+/// All of it, for callers that need no functions of their own for its stages.
+#[inline(always)]
+pub fn process<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
+    match arrive(p, t) {
+        Ok(4) => stages(|stage, number| run::<V4, P, T>(p, t, stage, number)),
+        Ok(_) => stages(|stage, number| run::<V6, P, T>(p, t, stage, number)),
+        Err(verdict) => verdict,
+    }
+}
+
+/// Stages of one packet at most: a new flow's first packet takes five, and four more for each dest that can't take it.
+const STAGES: u32 = 14;
+
+/// From stage to stage, until one has the verdict.
+#[inline(always)]
+pub fn stages(mut run: impl FnMut(Stage, u32) -> Verdict) -> Verdict {
+    let (mut stage, mut number, mut i) = (Stage::Whole, 0, 0);
+    while i < STAGES {
+        let verdict = run(stage, number);
+        match verdict.next() {
+            Some(next) => (stage, number) = next,
+            None => return verdict,
+        }
+        i += 1;
+    }
+    drop(Reason::ReverseInUse)
+}
+
+/// Is the frame for us to look at? The address family, 4 or 6.
+#[inline(always)]
+pub fn arrive<P: Packet, T: Tables>(p: &mut P, t: &T) -> Result<u8, Verdict> {
+    let Some(iface) = t.iface(p.ifindex()) else { return Err(pass(Reason::OtherInterface)) };
+    let mac = iface.mac;
+    let Some(w) = p.window(L3) else { return Err(pass(Reason::NotIp)) };
+    let ours = w.r32(0) == u32::from_ne_bytes([mac[0], mac[1], mac[2], mac[3]])
+        && w.r16(4) == u16::from_ne_bytes([mac[4], mac[5]]);
+    if !ours {
+        return Err(pass(Reason::OtherMac));
+    }
+    match u16::from_be(w.r16(ETHERTYPE)) {
+        0x0800 => Ok(4),
+        0x86dd => Ok(6),
+        _ => Err(pass(Reason::NotIp)),
+    }
+}
+
+#[inline(always)]
+pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Stage, number: u32) -> Verdict {
+    let flow = match parse::<I, P>(p) {
+        Ok(flow) => flow,
+        Err(verdict) => return verdict,
+    };
+    match stage {
+        Stage::Whole => whole(p, t, &flow),
+        Stage::Retire => retire(I::conns(t), &flow),
+        Stage::First => first(t, &flow),
+        Stage::Enter => enter(t, &flow, number),
+        Stage::Link => link(I::conns(t), &flow, number),
+        Stage::MakeWay => make_way(I::conns(t), &flow, number),
+        Stage::GiveUp => {
+            conn::give_up::<I, _>(I::conns(t), &flow.key, number);
+            drop(Reason::TableFull)
+        }
+        Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded),
+        Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable),
+    }
+}
+
+#[inline(always)]
+fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+    let c = I::conns(t);
+    match ct::lookup::<I, _>(c.table(), &flow.key) {
+        Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &flow.key, &hit) {
+            Some(reply) => answer_client(p, t, c, flow, &hit, &reply),
+            None => pass(Reason::NoService),
+        },
+        Found::Live(hit) if !starts_anew(c, flow, hit.control) => established(p, t, c, flow, &hit),
+        Found::Live(_) => Verdict::go(Stage::Retire, 0),
+        // Being entered or moved this instant: good for the dest.
+        Found::Weak(control) => forward(p, t, flow, conn::dest(control)),
+        Found::None => Verdict::go(Stage::First, 0),
+    }
+}
+
+/// Is this entry's flow over, so that the packet begins another one?
+#[inline(always)]
+fn starts_anew<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, control: u64) -> bool {
+    let reused = flow.flags & tcp::SYN != 0 && tcp::reusable(ct::state(control));
+    reused || conn::expired(c.policy(), control, c.now_s())
+}
+
+/// Timed out, or closed and its ports used again: it makes room at once.
+#[inline(always)]
+fn retire<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>) -> Verdict {
+    if let Found::Live(hit) = ct::lookup::<I, _>(c.table(), &flow.key)
+        && hit.control & ct::REVERSE == 0
+        && starts_anew(c, flow, hit.control)
+        && hit.free::<I>()
+    {
+        c.release(&ct::Entry { words: flow.key.words, control: hit.control, slot: hit.slot::<I>() });
+    }
+    Verdict::go(Stage::First, 0)
+}
+
+/// A client's packet of a known flow.
+#[inline(always)]
+fn established<I: Of<T>, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    c: &I::Conns,
+    flow: &Flow<I>,
+    hit: &HitOf<'_, I, I::Conns>,
+) -> Verdict {
+    let index = conn::dest(hit.control);
+    // A removed dest's flows are dropped and left to time out, as in the kernel.
+    match t.dest(index) {
+        Some(d) if d.out as u32 & dest::AVAILABLE != 0 => {}
+        _ => return drop(Reason::DestGone),
+    }
+    let way = if hit.control & ct::LINKED != 0 { Way::Input } else { Way::InputOnly };
+    let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step(flow, state, way));
+    forward(p, t, flow, index)
+}
+
+#[inline(always)]
+fn step<I: Ip>(flow: &Flow<I>, state: u64, way: Way) -> u64 {
+    if flow.tcp { tcp::next(state, flow.flags, way) } else { 0 }
+}
+
+/// A packet of no known flow: enter it, if it is for a virtual service and may open one. It then is the first packet of that flow.
+#[inline(always)]
+fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    let key = ServiceKey {
+        address: I::bytes(flow.destination()),
+        port: flow.key.dport(),
+        protocol: flow.protocol(),
+        family: I::FAMILY,
+    };
+    let Some(index) = t.service_index(&key) else { return pass(Reason::NoService) };
+    let Some(s) = t.service(index) else { return drop(Reason::Internal) };
+    if s.flags & (service::LOCAL | service::NONLOCAL) == 0 {
+        return pass(Reason::NotLocal);
+    }
+    // tcp_conn_schedule: a RST never, anything else only with SYN.
+    if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN {
+        return pass(Reason::NoConnection);
+    }
+    if I::martian(flow.source()) || flow.source() == flow.destination() {
+        return drop(Reason::Martian);
+    }
+    match sched::pick(t, index, s, flow) {
+        Some(dest) => Verdict::go(Stage::Enter, dest),
+        None => Verdict::go(Stage::PortUnreachable, 0),
+    }
+}
+
+/// Enter the flow for the dest that the scheduler chose.
+#[inline(always)]
+fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
+    let Some(d) = t.dest(dest) else { return drop(Reason::Internal) };
+    let linked = d.out as u32 & dest::METHOD == dest::MASQ;
+    let done = conn::open_forward::<I, _>(I::conns(t), &flow.key, dest, tcp::NONE, linked);
+    if done.is_new() {
+        t.count_connection(dest);
+        return if linked { Verdict::go(Stage::Link, done.slot()) } else { Verdict::go(Stage::Whole, 0) };
+    }
+    // Another CPU was faster, or all is full.
+    if done.is_there() { Verdict::go(Stage::Whole, 0) } else { drop(Reason::TableFull) }
+}
+
+#[inline(always)]
+fn link<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdict {
+    let done = conn::link::<I, _>(c, &flow.key, place);
+    if done.is_new() {
+        Verdict::go(Stage::Whole, 0)
+    } else if done.is_there() {
+        Verdict::go(Stage::MakeWay, place)
+    } else {
+        Verdict::go(Stage::GiveUp, place)
+    }
+}
+
+#[inline(always)]
+fn make_way<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdict {
+    match conn::make_way::<I, _>(c, &flow.key, place, true) {
+        Some(place) => Verdict::go(Stage::Link, place),
+        // The reply tuple is another flow's: another dest, for as long as there are stages.
+        None => Verdict::go(Stage::First, 0),
+    }
+}
+
+/// To the dest, by its method.
+#[inline(always)]
+fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32) -> Verdict {
+    let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
+    let flags = d.out as u32;
+    if flags & dest::AVAILABLE == 0 {
+        return drop(Reason::DestGone);
+    }
+    t.count_in(index, flow.len);
+    let masq = flags & dest::METHOD == dest::MASQ;
+    if flags & dest::LOCAL != 0 {
+        return deliver(p, flow, d, masq);
+    }
+    if flow.ttl <= 1 {
+        return Verdict::go(Stage::TimeExceeded, 0);
+    }
+    let address = I::from_bytes(&d.address);
+    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
+    let route = match hop.ifindex {
+        0 => t.route::<I>([flow.source(), address], flow.protocol(), flow.len, &mut hop),
+        _ => Route::Hop,
+    };
+    if masq {
+        let port = if d.port == 0 { flow.key.dport() } else { d.port };
+        let ready = route == Route::Hop;
+        if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, ready) {
+            return drop(Reason::Internal);
+        }
+    }
+    match route {
+        Route::Hop if masq => xmit::send(p, &hop, Reason::Masq),
+        Route::Hop => {
+            if !xmit::count_down::<I, P>(p) {
+                return drop(Reason::Internal);
+            }
+            xmit::send(p, &hop, Reason::Route)
+        }
+        // The kernel resolves the neighbour and forwards: the packet is addressed to the real server already.
+        _ if masq => Verdict::new(Action::Up, Reason::ByKernel),
+        Route::NoNeighbour => drop(Reason::NoNeighbour),
+        _ => drop(Reason::NoRoute),
+    }
+}
+
+/// The real server is this host: up, translated if it listens elsewhere.
+#[inline(always)]
+fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) -> Verdict {
+    if masq {
+        let port = if d.port == 0 { flow.key.dport() } else { d.port };
+        if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, I::from_bytes(&d.address), port, false) {
+            return drop(Reason::Internal);
+        }
+    }
+    Verdict::new(Action::Up, Reason::Local)
+}
+
+/// A real server's reply (NAT): from the virtual address, to the client.
+#[inline(always)]
+fn answer_client<I: Of<T>, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    c: &I::Conns,
+    flow: &Flow<I>,
+    reverse: &HitOf<'_, I, I::Conns>,
+    reply: &conn::ReplyOf<'_, I, I::Conns>,
+) -> Verdict {
+    // As ip_forward would have done before IPVS sees the reply.
+    if flow.ttl <= 1 {
+        return pass(Reason::ReplyTtl);
+    }
+    let words = I::words(reply.client, reply.virtual_address);
+    let control = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step(flow, state, Way::Output));
+    let control = control.unwrap_or(reply.forward.control);
+    t.count_out(conn::dest(control), flow.len);
+    // The way to the client is looked up once a second for a busy flow, and then remembered by the reverse entry.
+    let number = conn::hop(reverse.control);
+    let known = t.reply_hop(number).copied().unwrap_or_default();
+    let same_second = (control ^ reply.forward.control) & !ct::STATE == 0;
+    let (mut hop, mut route, mut keep) = (known, Route::Hop, number);
+    if known.ifindex == 0 || !same_second {
+        route = t.route::<I>([reply.virtual_address, reply.client], flow.protocol(), flow.len, &mut hop);
+        keep = match route {
+            Route::Hop if hop == known => number,
+            Route::Hop => t.keep_reply_hop(&hop),
+            _ => 0,
+        };
+    }
+    conn::remember::<I, _, _>(c, &flow.key, reverse, control, keep);
+    let ready = route == Route::Hop;
+    if !xmit::translate::<I, P>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, ready) {
+        return drop(Reason::Internal);
+    }
+    match route {
+        Route::Hop => xmit::send(p, &hop, Reason::MasqReply),
+        _ => Verdict::new(Action::Up, Reason::ByKernel),
+    }
+}
+
+/// Answer the client with an ICMP error about this packet.
+#[inline(always)]
+fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, error: Error) -> Verdict {
+    let (sent, limited) = match error {
+        Error::TimeExceeded => (Reason::TtlExceeded, Reason::TtlLimited),
+        Error::PortUnreachable => (Reason::NoDest, Reason::NoDestLimited),
+    };
+    if !t.may_send_icmp() {
+        return drop(limited);
+    }
+    // The IP id only tells fragments apart; the error is never fragmented.
+    if !I::answer(p, error, flow.key.sport()) {
+        return drop(limited);
+    }
+    Verdict::new(Action::Back, sent)
+}

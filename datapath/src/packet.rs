@@ -1,0 +1,276 @@
+//! Packets: access to their bytes, and what their headers say. Offsets are those of untagged Ethernet and IP headers without options;
+//! what differs is recognised and left to the kernel.
+
+use crate::conn::{self, Addressing};
+use crate::csum::Delta;
+use crate::ct::{Key, V4, V6};
+use crate::verdict::{Reason, Verdict, drop, pass};
+
+/// A packet in memory, at its Ethernet header.
+pub trait Packet {
+    type W<'a>: Window
+    where
+        Self: 'a;
+    /// The first `len` bytes; `None` if the packet is shorter. `len` is a constant wherever this is called.
+    fn window(&mut self, len: usize) -> Option<Self::W<'_>>;
+    /// Length with the Ethernet header.
+    fn frame_len(&self) -> u32;
+    /// Interface it came in by.
+    fn ifindex(&self) -> u32;
+    /// The TCP or UDP checksum at `at` after a change of the pseudo-header (`addresses`) and of the transport header (`ports`).
+    /// A method, since the kernel keeps unfinished checksums that only it can change. False: the packet is too short.
+    fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool;
+    /// Ones-complement sum of the bytes from `from` on, at most `most` of them (bounded by [`crate::icmp`]'s quotes).
+    fn sum_from(&self, from: usize, most: usize) -> u64;
+    /// Put `n` bytes in front (their content is undefined).
+    fn grow_head(&mut self, n: usize) -> bool;
+    /// Cut the packet to `len` bytes.
+    fn cut(&mut self, len: usize) -> bool;
+}
+
+/// Checked bytes; numbers as they lie in memory (network order on the wire, so compare with `to_be` constants).
+/// An access past the window is a programming error: offsets here are constants.
+pub trait Window {
+    fn r8(&self, at: usize) -> u8;
+    fn r16(&self, at: usize) -> u16;
+    fn r32(&self, at: usize) -> u32;
+    fn w16(&mut self, at: usize, v: u16);
+    fn w32(&mut self, at: usize, v: u32);
+}
+
+/// Length of the Ethernet header; the IP header begins here.
+pub const L3: usize = 14;
+pub const ETHERTYPE: usize = 12;
+
+pub const IP_TCP: u8 = 6;
+pub const IP_UDP: u8 = 17;
+pub const IP_ICMP: u8 = 1;
+pub const IP_ICMP6: u8 = 58;
+
+/// The IP header of one family.
+pub trait Ip: Addressing {
+    /// IP header length.
+    const HEADER: usize;
+    /// Start of the transport header.
+    const L4: usize = L3 + Self::HEADER;
+    /// ... of TTL or hop limit.
+    const TTL: usize;
+    /// ... of the addresses.
+    const SOURCE: usize;
+    const DESTINATION: usize;
+    const FAMILY: u8;
+    fn address(w: &impl Window, at: usize) -> Self::Addr;
+    fn set_address(w: &mut impl Window, at: usize, address: Self::Addr);
+    fn delta(old: Self::Addr, new: Self::Addr) -> Delta;
+    fn bytes(address: Self::Addr) -> [u8; 16];
+    fn from_bytes(bytes: &[u8; 16]) -> Self::Addr;
+    /// No host that a reply could reach has this source address (RFC 1122 3.2.1.3, RFC 4291 2.5).
+    fn martian(source: Self::Addr) -> bool;
+    /// Header sanity. Gives the transport protocol and the length of the IP packet.
+    fn check(w: &impl Window, frame_len: u32) -> Result<(u8, u32), Verdict>;
+    /// TTL - 1, and the header checksum for that and for `addresses`.
+    fn forward_header(w: &mut impl Window, addresses: Delta);
+    /// The header checksum for `addresses`.
+    fn fix_header(w: &mut impl Window, addresses: Delta);
+}
+
+impl Ip for V4 {
+    const HEADER: usize = 20;
+    const TTL: usize = L3 + 8;
+    const SOURCE: usize = L3 + 12;
+    const DESTINATION: usize = L3 + 16;
+    const FAMILY: u8 = 4;
+    #[inline(always)]
+    fn address(w: &impl Window, at: usize) -> u32 {
+        w.r32(at)
+    }
+    #[inline(always)]
+    fn set_address(w: &mut impl Window, at: usize, address: u32) {
+        w.w32(at, address);
+    }
+    #[inline(always)]
+    fn delta(old: u32, new: u32) -> Delta {
+        Delta::default().replace(old, new)
+    }
+    #[inline(always)]
+    fn bytes(address: u32) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&address.to_ne_bytes());
+        bytes
+    }
+    #[inline(always)]
+    fn from_bytes(b: &[u8; 16]) -> u32 {
+        u32::from_ne_bytes([b[0], b[1], b[2], b[3]])
+    }
+    #[inline(always)]
+    fn martian(source: u32) -> bool {
+        let first = source.to_ne_bytes()[0];
+        first == 0 || first == 127 || first >= 224
+    }
+    #[inline(always)]
+    fn check(w: &impl Window, frame_len: u32) -> Result<(u8, u32), Verdict> {
+        let version_ihl = w.r8(L3);
+        let len = u32::from(u16::from_be(w.r16(L3 + 2)));
+        if version_ihl != 0x45 {
+            let ihl = u32::from(version_ihl & 0xf) * 4;
+            let wrong = version_ihl >> 4 != 4 || ihl < 20 || len < ihl || len > frame_len - L3 as u32;
+            return Err(if wrong { drop(Reason::Malformed) } else { pass(Reason::Options) });
+        }
+        if len < 20 || len > frame_len - L3 as u32 {
+            return Err(drop(Reason::Malformed));
+        }
+        // More fragments to come, or an offset.
+        if w.r16(L3 + 6) & 0x3fffu16.to_be() != 0 {
+            return Err(pass(Reason::Fragment));
+        }
+        Ok((w.r8(L3 + 9), len))
+    }
+    #[inline(always)]
+    fn forward_header(w: &mut impl Window, addresses: Delta) {
+        let (old, check) = (w.r16(Self::TTL), w.r16(L3 + 10));
+        // TTL is the first byte of its word.
+        let new = old.wrapping_sub(u16::from_ne_bytes([1, 0]));
+        w.w16(Self::TTL, new);
+        w.w16(L3 + 10, crate::csum::adjust(check, addresses.replace16(old, new)));
+    }
+    #[inline(always)]
+    fn fix_header(w: &mut impl Window, addresses: Delta) {
+        w.w16(L3 + 10, crate::csum::adjust(w.r16(L3 + 10), addresses));
+    }
+}
+
+impl Ip for V6 {
+    const HEADER: usize = 40;
+    const TTL: usize = L3 + 7;
+    const SOURCE: usize = L3 + 8;
+    const DESTINATION: usize = L3 + 24;
+    const FAMILY: u8 = 6;
+    #[inline(always)]
+    fn address(w: &impl Window, at: usize) -> [u64; 2] {
+        let pair = |at| {
+            let (a, b) = (u64::from(w.r32(at)), u64::from(w.r32(at + 4)));
+            if cfg!(target_endian = "little") { a | b << 32 } else { a << 32 | b }
+        };
+        [pair(at), pair(at + 8)]
+    }
+    #[inline(always)]
+    fn set_address(w: &mut impl Window, at: usize, address: [u64; 2]) {
+        let mut put = |at, v: u64| {
+            let (a, b) = (v as u32, (v >> 32) as u32);
+            let (a, b) = if cfg!(target_endian = "little") { (a, b) } else { (b, a) };
+            w.w32(at, a);
+            w.w32(at + 4, b);
+        };
+        put(at, address[0]);
+        put(at + 8, address[1]);
+    }
+    #[inline(always)]
+    fn delta(old: [u64; 2], new: [u64; 2]) -> Delta {
+        Delta::default()
+            .replace(old[0] as u32, new[0] as u32)
+            .replace((old[0] >> 32) as u32, (new[0] >> 32) as u32)
+            .replace(old[1] as u32, new[1] as u32)
+            .replace((old[1] >> 32) as u32, (new[1] >> 32) as u32)
+    }
+    #[inline(always)]
+    fn bytes(a: [u64; 2]) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&a[0].to_ne_bytes());
+        bytes[8..].copy_from_slice(&a[1].to_ne_bytes());
+        bytes
+    }
+    #[inline(always)]
+    fn from_bytes(b: &[u8; 16]) -> [u64; 2] {
+        [
+            u64::from_ne_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
+            u64::from_ne_bytes([b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]]),
+        ]
+    }
+    #[inline(always)]
+    fn martian(source: [u64; 2]) -> bool {
+        let multicast = source[0].to_ne_bytes()[0] == 0xff;
+        let (zero, one) = (source[0] == 0 && source[1] == 0, source[0] == 0 && source[1] == 1u64.to_be());
+        multicast || zero || one
+    }
+    #[inline(always)]
+    fn check(w: &impl Window, frame_len: u32) -> Result<(u8, u32), Verdict> {
+        let len = u32::from(u16::from_be(w.r16(L3 + 4))) + 40;
+        if w.r8(L3) >> 4 != 6 || len > frame_len - L3 as u32 {
+            return Err(drop(Reason::Malformed));
+        }
+        match w.r8(L3 + 6) {
+            44 => Err(pass(Reason::Fragment)),
+            // Hop-by-hop, routing, destination options, authentication, mobility, HIP, shim6.
+            0 | 43 | 60 | 51 | 135 | 139 | 140 => Err(pass(Reason::Options)),
+            protocol => Ok((protocol, len)),
+        }
+    }
+    #[inline(always)]
+    fn forward_header(w: &mut impl Window, _: Delta) {
+        // Next header and hop limit share a word; the hop limit is its second byte. No header checksum in IPv6.
+        let old = w.r16(L3 + 6);
+        w.w16(L3 + 6, old.wrapping_sub(u16::from_ne_bytes([0, 1])));
+    }
+    #[inline(always)]
+    fn fix_header(_: &mut impl Window, _: Delta) {}
+}
+
+/// What the pipeline needs to know of a TCP or UDP packet.
+pub struct Flow<I: Ip> {
+    pub key: Key<I::Words>,
+    pub tcp: bool,
+    /// TCP flags byte; 0 for UDP.
+    pub flags: u8,
+    pub ttl: u8,
+    /// Length of the IP packet.
+    pub len: u32,
+}
+
+impl<I: Ip> Flow<I> {
+    #[inline(always)]
+    pub fn source(&self) -> I::Addr {
+        I::source(&self.key.words)
+    }
+    #[inline(always)]
+    pub fn destination(&self) -> I::Addr {
+        I::destination(&self.key.words)
+    }
+    #[inline(always)]
+    pub fn protocol(&self) -> u8 {
+        if self.tcp { IP_TCP } else { IP_UDP }
+    }
+}
+
+/// From bytes to flow; `Err` is what becomes of a packet that has none.
+#[inline(always)]
+pub fn parse<I: Ip, P: Packet>(p: &mut P) -> Result<Flow<I>, Verdict> {
+    let frame_len = p.frame_len();
+    let (protocol, len) = {
+        let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
+        I::check(&w, frame_len)?
+    };
+    let header = match protocol {
+        IP_TCP => 20,
+        IP_UDP => 8,
+        IP_ICMP | IP_ICMP6 => return Err(pass(Reason::Icmp)),
+        _ => return Err(pass(Reason::OtherProtocol)),
+    };
+    if len < (I::HEADER + header) as u32 {
+        return Err(pass(Reason::ShortTransport));
+    }
+    let (tcp, flags) = if protocol == IP_TCP {
+        let Some(w) = p.window(I::L4 + 20) else { return Err(pass(Reason::ShortTransport)) };
+        let doff = u32::from(w.r8(I::L4 + 12) >> 4) * 4;
+        if doff < 20 || doff > len - I::HEADER as u32 {
+            return Err(pass(Reason::ShortTransport));
+        }
+        (true, w.r8(I::L4 + 13))
+    } else {
+        (false, 0)
+    };
+    let Some(w) = p.window(I::L4 + 8) else { return Err(pass(Reason::ShortTransport)) };
+    let words = I::words(I::address(&w, I::SOURCE), I::address(&w, I::DESTINATION));
+    let (sport, dport) = (u16::from_be(w.r16(I::L4)), u16::from_be(w.r16(I::L4 + 2)));
+    let key = Key::new(words, sport, dport, if tcp { conn::TCP } else { conn::UDP });
+    Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), len })
+}

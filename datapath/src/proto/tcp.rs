@@ -1,0 +1,148 @@
+//! TCP as IPVS follows it: eleven states, three tables (`ip_vs_proto_tcp.c`, `tcp_states[]`).
+
+use crate::conn::{Row, Timeouts, class};
+
+pub const NONE: u64 = 0;
+pub const ESTABLISHED: u64 = 1;
+pub const SYN_SENT: u64 = 2;
+pub const SYN_RECV: u64 = 3;
+pub const FIN_WAIT: u64 = 4;
+pub const TIME_WAIT: u64 = 5;
+pub const CLOSE: u64 = 6;
+pub const CLOSE_WAIT: u64 = 7;
+pub const LAST_ACK: u64 = 8;
+pub const LISTEN: u64 = 9;
+pub const SYNACK: u64 = 10;
+
+pub const NAMES: [&str; 11] = [
+    "NONE",
+    "ESTABLISHED",
+    "SYN_SENT",
+    "SYN_RECV",
+    "FIN_WAIT",
+    "TIME_WAIT",
+    "CLOSE",
+    "CLOSE_WAIT",
+    "LAST_ACK",
+    "LISTEN",
+    "SYNACK",
+];
+
+/// Bits of the TCP flags byte.
+pub const FIN: u8 = 0x01;
+pub const SYN: u8 = 0x02;
+pub const RST: u8 = 0x04;
+pub const ACK: u8 = 0x10;
+
+/// `tcp_timeouts[]`; `--set` changes ESTABLISHED and FIN_WAIT. Active are ESTABLISHED, SYN_SENT, SYN_RECV and SYNACK
+/// (`tcp_state_active_table[]`).
+pub(crate) fn rows(t: &Timeouts) -> [Row; 11] {
+    use class::{CLOSING, ESTABLISHED, HALF_OPEN};
+    [
+        Row::new(2, HALF_OPEN, false),
+        Row::new(t.tcp, ESTABLISHED, true),
+        Row::new(120, HALF_OPEN, true),
+        Row::new(60, HALF_OPEN, true),
+        Row::new(t.tcp_fin, CLOSING, false),
+        Row::new(120, CLOSING, false),
+        Row::new(10, CLOSING, false),
+        Row::new(60, CLOSING, false),
+        Row::new(30, CLOSING, false),
+        Row::new(120, HALF_OPEN, false),
+        Row::new(120, HALF_OPEN, true),
+    ]
+}
+
+/// Who sent the packet, and whether the director sees both ways.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// From the client; replies go by us too (NAT, FULLNAT).
+    Input,
+    /// From the server.
+    Output,
+    /// From the client; replies don't go by us (DR, TUN).
+    InputOnly,
+}
+
+/// One row of a table: the next state of each state, a nibble each, NONE lowest.
+const fn row(next: [u64; 11]) -> u64 {
+    let mut packed = 0;
+    let mut i = 0;
+    while i < 11 {
+        packed |= next[i] << (4 * i);
+        i += 1;
+    }
+    packed
+}
+
+/// Rows of one way in the order in which the flags are looked at (`tcp_state_idx`): RST, SYN, FIN, ACK; and none of them, which
+/// closes.
+type Table = [u64; 8];
+const fn table(rows: [[u64; 11]; 4]) -> Table {
+    let none = row([CLOSE; 11]);
+    [row(rows[0]), row(rows[1]), row(rows[2]), row(rows[3]), none, none, none, none]
+}
+
+/// By [`Way`].
+static NEXT: [Table; 4] = {
+    use {
+        CLOSE as CL, CLOSE_WAIT as CW, ESTABLISHED as ES, FIN_WAIT as FW, LAST_ACK as LA, LISTEN as LI, SYN_RECV as SR,
+        SYN_SENT as SS, TIME_WAIT as TW,
+    };
+    //   NO  ES  SS  SR  FW  TW  CL  CW  LA  LI  SA
+    let input = table([
+        [CL, CL, CL, SR, CL, CL, CL, CL, LA, LI, SR],
+        [SR, ES, ES, SR, SR, SR, SR, SR, SR, SR, SR],
+        [CL, CW, SS, TW, TW, TW, CL, CW, LA, LI, TW],
+        [ES, ES, SS, ES, FW, TW, CL, CW, CL, LI, ES],
+    ]);
+    let output = table([
+        [CL, CL, SS, CL, CL, TW, CL, CL, CL, CL, CL],
+        [SS, ES, SS, SR, SS, SS, SS, SS, SS, LI, SR],
+        [TW, FW, SS, TW, FW, TW, CL, TW, LA, LI, TW],
+        [ES, ES, SS, ES, FW, TW, CL, CW, LA, ES, ES],
+    ]);
+    let input_only = table([
+        [CL, CL, CL, SR, CL, CL, CL, CL, LA, LI, CL],
+        [SR, ES, ES, SR, SR, SR, SR, SR, SR, SR, SR],
+        [CL, FW, SS, TW, FW, TW, CL, CW, LA, LI, TW],
+        [ES, ES, SS, ES, FW, TW, CL, CW, CL, LI, ES],
+    ]);
+    [input, output, input_only, input_only]
+};
+
+/// Row number by the bits ACK, RST, SYN, FIN: a nibble each.
+const ROW: u64 = {
+    let mut packed = 0;
+    let mut bits = 0;
+    while bits < 16 {
+        let of = if bits & 4 != 0 {
+            0
+        } else if bits & 2 != 0 {
+            1
+        } else if bits & 1 != 0 {
+            2
+        } else if bits & 8 != 0 {
+            3
+        } else {
+            4
+        };
+        packed |= of << (4 * bits);
+        bits += 1;
+    }
+    packed
+};
+
+/// The next state. No flag of the four: CLOSE, as in the kernel. No branches: a verifier would walk every combination of them.
+#[inline(always)]
+pub fn next(state: u64, flags: u8, way: Way) -> u64 {
+    let bits = flags as u64 & 7 | (flags as u64 & ACK as u64) >> 1;
+    let row = ROW >> (4 * bits) & 7;
+    NEXT[way as usize & 3][row as usize] >> (4 * (state & 15)) & 0xf
+}
+
+/// A SYN on a flow in this state starts a new one at once (`is_new_conn_expected`, conn_reuse_mode 1).
+#[inline(always)]
+pub fn reusable(state: u64) -> bool {
+    state == TIME_WAIT || state == CLOSE
+}

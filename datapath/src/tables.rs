@@ -1,0 +1,92 @@
+//! What the pipeline reads and writes beside the packet: the maps of `abi`, as a trait. BPF maps in the kernel, plain memory in tests.
+
+use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Service, ServiceKey};
+use crate::conn::Conns;
+use crate::ct::{V4, V6};
+use crate::packet::Ip;
+
+/// A scheduler's word in `abi::ServiceState`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    Rr,
+    Wrr,
+}
+
+/// What the kernel's routing knows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// The next hop is known.
+    Hop,
+    /// A route, but no MAC address yet.
+    NoNeighbour,
+    /// The kernel must forward it itself (another kind of route, fragmentation, ...).
+    Kernel,
+    None,
+}
+
+pub trait Tables {
+    type C4: Conns<V4>;
+    type C6: Conns<V6>;
+    fn conns4(&self) -> &Self::C4;
+    fn conns6(&self) -> &Self::C6;
+    fn config(&self) -> &Config;
+    fn iface(&self, ifindex: u32) -> Option<&Iface>;
+    fn service_index(&self, key: &ServiceKey) -> Option<u32>;
+    fn service(&self, index: u32) -> Option<&Service>;
+    fn dest(&self, index: u32) -> Option<&Dest>;
+    fn list(&self, at: u32) -> Option<ListEntry>;
+    /// Place of a hash scheduler's table; 0 (no dest) is `None`.
+    fn table(&self, at: u32) -> Option<u32>;
+    fn hop(&self, index: u32) -> Option<&Hop>;
+    fn reply_hop(&self, index: u8) -> Option<&Hop>;
+    /// A number for a next hop of replies; 0 if there is no place for it.
+    fn keep_reply_hop(&self, hop: &Hop) -> u8;
+
+    fn machine(&self, service: u32, which: Machine) -> u64;
+    /// Compare-and-swap; false: somebody else was faster.
+    fn advance(&self, service: u32, which: Machine, old: u64, new: u64) -> bool;
+    /// `(ActiveConn << 8) + InActConn`, the kernel's classic overhead.
+    fn overhead(&self, dest: u32) -> u64;
+    fn overloaded(&self, dest: u32) -> bool;
+    /// In its service's list, with a weight, and not overloaded (for hash schedulers, whose tables know no weights).
+    fn available(&self, dest: u32) -> bool;
+
+    fn count_connection(&self, dest: u32);
+    fn count_in(&self, dest: u32, bytes: u32);
+    fn count_out(&self, dest: u32, bytes: u32);
+    /// May another ICMP error be sent this second?
+    fn may_send_icmp(&self) -> bool;
+    /// Ask the kernel for the way from `ends[0]` to `ends[1]`; `hop` is filled if it is known.
+    fn route<I: Ip>(&self, ends: [I::Addr; 2], protocol: u8, len: u32, hop: &mut Hop) -> Route;
+
+    /// Step with 0, 1, ... until it says true or `count` is reached.
+    fn walk<W: Walker<Self>>(&self, count: u32, walker: &mut W)
+    where
+        Self: Sized;
+}
+
+/// A loop of many rounds: BPF runs it outside the program, by a helper.
+pub trait Walker<T> {
+    /// True: done.
+    fn step(&mut self, t: &T, i: u32) -> bool;
+}
+
+/// The connections of a packet's family.
+pub trait Of<T: Tables>: Ip + Sized {
+    type Conns: Conns<Self>;
+    fn conns(t: &T) -> &Self::Conns;
+}
+impl<T: Tables> Of<T> for V4 {
+    type Conns = T::C4;
+    #[inline(always)]
+    fn conns(t: &T) -> &T::C4 {
+        t.conns4()
+    }
+}
+impl<T: Tables> Of<T> for V6 {
+    type Conns = T::C6;
+    #[inline(always)]
+    fn conns(t: &T) -> &T::C6 {
+        t.conns6()
+    }
+}

@@ -1,0 +1,188 @@
+//! The one way out: what happens to a packet, and why. Each reason has a counter; all counters together are the packets seen.
+
+/// What the entry point does with the packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Out of this interface, ready to go.
+    Out(u32),
+    /// Out of the interface it came in by.
+    Back,
+    /// Up to the kernel.
+    Up,
+    Drop,
+}
+
+/// Parts of the pipeline, each of which begins with the packet anew. A BPF program makes a function of each, verified by itself and
+/// with a stack of its own; the hot path keeps its registers.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// The way of a known connection; where all packets begin.
+    Whole = 0,
+    /// The connection is over, and the packet begins another: it makes room.
+    Retire = 1,
+    /// No connection: service and scheduler.
+    First = 2,
+    /// Enter the connection; the number is its dest.
+    Enter = 3,
+    /// ... and the entry for its replies; the number is `conn::Place`.
+    Link = 4,
+    /// Something is in the way of that.
+    MakeWay = 5,
+    /// No room for it: the connection is given up.
+    GiveUp = 6,
+    /// Answer the client with an ICMP error.
+    TimeExceeded = 7,
+    PortUnreachable = 8,
+}
+
+/// One word, so that it stays in a register: `ifindex:32 | 0:16 | action:8 | reason:8`.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Verdict(u64);
+
+const OUT: u64 = 0;
+const BACK: u64 = 1;
+const UP: u64 = 2;
+const DROP: u64 = 3;
+const GO: u64 = 4;
+
+impl Verdict {
+    #[inline(always)]
+    pub fn new(action: Action, reason: Reason) -> Verdict {
+        let action = match action {
+            Action::Out(ifindex) => u64::from(ifindex) << 32 | OUT << 8,
+            Action::Back => BACK << 8,
+            Action::Up => UP << 8,
+            Action::Drop => DROP << 8,
+        };
+        Verdict(action | reason as u64)
+    }
+    /// Not the end: the packet goes on in another stage of the pipeline, with a number for it.
+    #[inline(always)]
+    pub fn go(stage: Stage, number: u32) -> Verdict {
+        Verdict(u64::from(number) << 32 | GO << 8 | stage as u64)
+    }
+    /// The stage that it goes on in.
+    #[inline(always)]
+    pub fn next(self) -> Option<(Stage, u32)> {
+        if self.0 >> 8 & 0xff != GO {
+            return None;
+        }
+        let stage = match self.0 & 0xf {
+            0 => Stage::Whole,
+            1 => Stage::Retire,
+            2 => Stage::First,
+            3 => Stage::Enter,
+            4 => Stage::Link,
+            5 => Stage::MakeWay,
+            6 => Stage::GiveUp,
+            7 => Stage::TimeExceeded,
+            _ => Stage::PortUnreachable,
+        };
+        Some((stage, (self.0 >> 32) as u32))
+    }
+    #[inline(always)]
+    pub fn action(self) -> Action {
+        match self.0 >> 8 & 3 {
+            OUT => Action::Out((self.0 >> 32) as u32),
+            BACK => Action::Back,
+            UP => Action::Up,
+            _ => Action::Drop,
+        }
+    }
+    /// Number of its reason's counter.
+    #[inline(always)]
+    pub fn counter(self) -> u32 {
+        self.0 as u32 & (COUNTERS as u32 - 1)
+    }
+    pub fn reason(self) -> Reason {
+        Reason::ALL.get(self.counter() as usize).copied().unwrap_or(Reason::Internal)
+    }
+    #[inline(always)]
+    pub fn word(self) -> u64 {
+        self.0
+    }
+    #[inline(always)]
+    pub fn from_word(word: u64) -> Verdict {
+        Verdict(word)
+    }
+}
+
+impl core::fmt::Debug for Verdict {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{:?} {}", self.action(), self.reason().name())
+    }
+}
+
+macro_rules! reasons {
+    ($($variant:ident $name:literal $kind:ident $text:literal;)*) => {
+        /// Why. The number is the index of its counter.
+        #[repr(u8)]
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+        pub enum Reason { $($variant),* }
+        impl Reason {
+            pub const ALL: &'static [Reason] = &[$(Reason::$variant),*];
+            /// Name as in `rvs drops` and in metrics.
+            pub fn name(self) -> &'static str { match self { $(Reason::$variant => $name),* } }
+            pub fn kind(self) -> Kind { match self { $(Reason::$variant => Kind::$kind),* } }
+            /// One line for operators.
+            pub fn text(self) -> &'static str { match self { $(Reason::$variant => $text),* } }
+        }
+    };
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+pub enum Kind {
+    Forward,
+    /// An answer of our own.
+    Answer,
+    Pass,
+    Drop,
+}
+
+reasons! {
+    Route "dr" Forward "sent to a real server by direct routing";
+    Masq "nat" Forward "sent to a real server by NAT";
+    MasqReply "nat_reply" Forward "reply of a real server, sent to the client from the virtual address";
+    Local "local" Forward "the real server is this host: handed up";
+    ByKernel "nat_by_kernel" Forward "translated, and left to the kernel's forwarding: no ready next hop";
+    TtlExceeded "ttl_exceeded" Answer "TTL used up: time exceeded sent to the client";
+    NoDest "no_dest" Answer "no available real server: port unreachable sent to the client";
+    NotIp "not_ip" Pass "not IPv4 or IPv6";
+    OtherMac "other_mac" Pass "not for this interface's MAC address";
+    OtherInterface "other_interface" Pass "interface not in the configuration";
+    OtherProtocol "other_protocol" Pass "neither TCP nor UDP";
+    Icmp "icmp" Pass "ICMP: the kernel answers or forwards";
+    Options "ip_options" Pass "IP options or extension headers: left to the kernel";
+    Fragment "fragment" Pass "a fragment: left to the kernel";
+    ShortTransport "short_transport" Pass "TCP or UDP header cut short or too small: left to the kernel";
+    NoService "no_service" Pass "no virtual service has this address and port";
+    NotLocal "not_local" Pass "the virtual address is not one of this host's (a backup director?)";
+    NoConnection "no_connection" Pass "TCP to a virtual service, but not a SYN and of no known connection";
+    ReplyTtl "reply_ttl" Pass "a reply whose TTL is used up: the kernel answers the real server";
+    Short "short" Drop "IP header cut short";
+    Malformed "malformed" Drop "IP version, header length or total length are wrong";
+    Martian "martian_source" Drop "a source address that no client can have";
+    TableFull "table_full" Drop "connection table full of flows that must not be evicted";
+    ReverseInUse "reverse_in_use" Drop "every dest's reply tuple for this client and port is another flow's";
+    DestGone "dest_gone" Drop "the connection's real server was removed";
+    NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
+    NoRoute "no_route" Drop "no route to the real server";
+    TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second";
+    NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
+    Internal "internal" Drop "a table of the data plane is missing an entry (a bug)";
+}
+
+/// Counters kept (a power of two, so that an index is easily bounded).
+pub const COUNTERS: usize = 64;
+const _: () = assert!(Reason::ALL.len() <= COUNTERS);
+
+#[inline(always)]
+pub fn pass(reason: Reason) -> Verdict {
+    Verdict::new(Action::Up, reason)
+}
+#[inline(always)]
+pub fn drop(reason: Reason) -> Verdict {
+    Verdict::new(Action::Drop, reason)
+}

@@ -1,0 +1,57 @@
+//! Sending: what each forwarding method changes in a packet.
+
+use crate::abi::Hop;
+use crate::csum::Delta;
+use crate::packet::{Ip, L3, Packet, Window};
+use crate::verdict::{Action, Reason, Verdict, drop};
+
+/// Which end of the packet NAT rewrites.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    Source,
+    Destination,
+}
+
+/// Put an address and a port (host order) in the place of those of one end. `forward`: count the TTL down as well (not if the
+/// kernel's own forwarding comes after us).
+#[inline(always)]
+pub fn translate<I: Ip, P: Packet>(p: &mut P, tcp: bool, end: End, address: I::Addr, port: u16, forward: bool) -> bool {
+    let (at, port_at) = match end {
+        End::Source => (I::SOURCE, I::L4),
+        End::Destination => (I::DESTINATION, I::L4 + 2),
+    };
+    let port = port.to_be();
+    let (addresses, ports) = {
+        let Some(mut w) = p.window(I::L4 + 8) else { return false };
+        let (old, old_port) = (I::address(&w, at), w.r16(port_at));
+        I::set_address(&mut w, at, address);
+        w.w16(port_at, port);
+        let addresses = I::delta(old, address);
+        if forward {
+            I::forward_header(&mut w, addresses);
+        } else {
+            I::fix_header(&mut w, addresses);
+        }
+        (addresses, Delta::default().replace16(old_port, port))
+    };
+    p.fix_transport(if tcp { I::L4 + 16 } else { I::L4 + 6 }, !tcp, addresses, ports)
+}
+
+/// Count the TTL down, nothing else (DR).
+#[inline(always)]
+pub fn count_down<I: Ip, P: Packet>(p: &mut P) -> bool {
+    let Some(mut w) = p.window(I::L4) else { return false };
+    I::forward_header(&mut w, Delta::default());
+    true
+}
+
+/// Address the frame, and out.
+#[inline(always)]
+pub fn send<P: Packet>(p: &mut P, hop: &Hop, reason: Reason) -> Verdict {
+    let back = hop.ifindex == p.ifindex();
+    let Some(mut w) = p.window(L3) else { return drop(Reason::Internal) };
+    w.w32(0, hop.macs[0]);
+    w.w32(4, hop.macs[1]);
+    w.w32(8, hop.macs[2]);
+    Verdict::new(if back { Action::Back } else { Action::Out(hop.ifindex) }, reason)
+}

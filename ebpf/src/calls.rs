@@ -1,0 +1,86 @@
+//! Entering an entry and releasing what was freed, as functions of their own, verified once each and called by all programs. Arguments
+//! and results too big for registers go through per-CPU scratch memory (programs of one CPU never overlap: they run with
+//! bottom halves off).
+
+use aya_ebpf::btf_maps::PerCpuArray;
+use aya_ebpf::macros::btf_map;
+use rvs_datapath::conn;
+use rvs_datapath::ct::{self, Cost, Entry, Family, Key, Outcome, V4, V6};
+
+use crate::maps;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Scratch<F: Family> {
+    insert: Key<F::Words>,
+    cost: Cost<F::Words>,
+    release: Entry<F::Words>,
+}
+
+#[btf_map]
+static SCRATCH4: PerCpuArray<Scratch<V4>, 1> = PerCpuArray::new();
+#[btf_map]
+static SCRATCH6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
+
+macro_rules! calls {
+    ($family:ty, $scratch:ident, $table:path, $insert:ident, $release:ident,
+     $insert_fn:ident, $room_fn:ident, $release_fn:ident) => {
+        #[inline(always)]
+        pub fn $insert(
+            key: &Key<<$family as Family>::Words>,
+            rest: u64,
+            cost: impl FnMut(&Entry<<$family as Family>::Words>),
+        ) -> Outcome {
+            let Some(s) = $scratch.get_ptr_mut(0) else { return Outcome::FULL };
+            // SAFETY: this CPU's own memory, see above; `cost` does not insert.
+            unsafe {
+                (*s).insert = *key;
+                (*s).cost = Cost::default();
+                let mut outcome = Outcome::from_word($insert_fn(rest, 1));
+                if outcome == Outcome::CROWDED {
+                    $room_fn();
+                    outcome = Outcome::from_word($insert_fn(rest, 0));
+                }
+                (*s).cost.each(cost);
+                outcome
+            }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $insert_fn(rest: u64, picky: u32) -> u64 {
+            let Some(s) = $scratch.get_ptr_mut(0) else { return 0 };
+            let Some(t) = $table() else { return 0 };
+            // SAFETY: as above; nobody else borrows these fields meanwhile.
+            unsafe { ct::try_insert::<$family, _>(&t, &(*s).insert, rest, picky != 0, &mut (*s).cost).word() }
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $room_fn() -> u32 {
+            let Some(s) = $scratch.get_ptr_mut(0) else { return 1 };
+            let Some(t) = $table() else { return 1 };
+            // SAFETY: as above.
+            unsafe { ct::make_room::<$family, _>(&t, &(*s).insert, &mut (*s).cost) };
+            0
+        }
+
+        #[inline(always)]
+        pub fn $release(entry: &Entry<<$family as Family>::Words>) {
+            let Some(s) = $scratch.get_ptr_mut(0) else { return };
+            // SAFETY: as above.
+            unsafe { (*s).release = *entry };
+            $release_fn();
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $release_fn() -> u32 {
+            let Some(s) = $scratch.get_ptr_mut(0) else { return 1 };
+            let Some(t) = $table() else { return 1 };
+            // SAFETY: as above.
+            conn::release::<$family, _>(&t, unsafe { &(*s).release });
+            0
+        }
+    };
+}
+
+calls!(V4, SCRATCH4, maps::table4, insert4, release4, conn4_insert, conn4_room, conn4_release);
+calls!(V6, SCRATCH6, maps::table6, insert6, release6, conn6_insert, conn6_room, conn6_release);

@@ -1,0 +1,128 @@
+//! Access to packet bytes.
+
+use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
+use aya_ebpf::programs::XdpContext;
+use rvs_datapath::csum::{self, Delta};
+use rvs_datapath::icmp::QUOTE_MAX;
+use rvs_datapath::packet::{Packet, Window};
+
+/// An XDP frame. The bounds are read once: checks that repeat cost nothing, and nothing that is written to the packet makes LLVM
+/// read them again. Whatever moves the packet reads them anew.
+pub struct Xdp<'a> {
+    ctx: &'a XdpContext,
+    at: usize,
+    end: usize,
+}
+
+impl<'a> Xdp<'a> {
+    #[inline(always)]
+    pub fn new(ctx: &'a XdpContext) -> Self {
+        Xdp { ctx, at: ctx.data(), end: ctx.data_end() }
+    }
+    #[inline(always)]
+    fn reread(&mut self) {
+        (self.at, self.end) = (self.ctx.data(), self.ctx.data_end());
+    }
+}
+
+/// Bytes whose bounds were checked. `len` is a constant wherever it is used, so the asserts are gone after inlining;
+/// one that is not would leave a loop behind (the panic handler), and the verifier would refuse the program.
+pub struct Bytes {
+    at: *mut u8,
+    len: usize,
+}
+
+macro_rules! access {
+    ($read:ident, $write:ident, $t:ty) => {
+        #[inline(always)]
+        fn $read(&self, at: usize) -> $t {
+            assert!(at + size_of::<$t>() <= self.len);
+            // SAFETY: inside the window. Packets are 2-byte aligned only; BPF on the hosts we run on reads them all the same, and
+            // a byte-wise read would be four loads.
+            unsafe { *(self.at.add(at) as *const $t) }
+        }
+        #[inline(always)]
+        fn $write(&mut self, at: usize, v: $t) {
+            assert!(at + size_of::<$t>() <= self.len);
+            // SAFETY: as above.
+            unsafe { *(self.at.add(at) as *mut $t) = v }
+        }
+    };
+}
+
+impl Window for Bytes {
+    #[inline(always)]
+    fn r8(&self, at: usize) -> u8 {
+        assert!(at < self.len);
+        // SAFETY: inside the window.
+        unsafe { *self.at.add(at) }
+    }
+    access!(r16, w16, u16);
+    access!(r32, w32, u32);
+}
+
+impl Packet for Xdp<'_> {
+    type W<'b>
+        = Bytes
+    where
+        Self: 'b;
+    #[inline(always)]
+    fn window(&mut self, len: usize) -> Option<Bytes> {
+        (self.at + len <= self.end).then_some(Bytes { at: self.at as *mut u8, len })
+    }
+    #[inline(always)]
+    fn frame_len(&self) -> u32 {
+        (self.end - self.at) as u32
+    }
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: a field of the context.
+        unsafe { (*self.ctx.ctx).ingress_ifindex }
+    }
+    #[inline(always)]
+    fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        let Some(mut w) = self.window(at + 2) else { return false };
+        let delta = addresses.and(ports);
+        let old = w.r16(at);
+        w.w16(at, if udp { csum::adjust_udp(old, delta) } else { csum::adjust(old, delta) });
+        true
+    }
+    #[inline(always)]
+    fn sum_from(&self, from: usize, most: usize) -> u64 {
+        let mut sum = 0u64;
+        let mut i = 0;
+        while i < QUOTE_MAX / 2 {
+            let at = self.at + from + 2 * i;
+            if 2 * i + 2 > most || at + 2 > self.end {
+                break;
+            }
+            // SAFETY: checked against the end.
+            sum += unsafe { *(at as *const u16) } as u64;
+            i += 1;
+        }
+        let at = self.at + from + 2 * i;
+        if 2 * i < most && at + 1 <= self.end {
+            // SAFETY: checked against the end. An odd last byte is the first of its word.
+            sum += unsafe { *(at as *const u8) } as u64;
+        }
+        sum
+    }
+    #[inline(always)]
+    fn grow_head(&mut self, n: usize) -> bool {
+        // SAFETY: the context of this program.
+        let done = unsafe { bpf_xdp_adjust_head(self.ctx.ctx, -(n as i32)) } == 0;
+        self.reread();
+        done
+    }
+    #[inline(always)]
+    fn cut(&mut self, len: usize) -> bool {
+        let delta = len as i64 - (self.end - self.at) as i64;
+        if delta >= 0 {
+            return delta == 0;
+        }
+        // SAFETY: the context of this program.
+        let done = unsafe { bpf_xdp_adjust_tail(self.ctx.ctx, delta as i32) } == 0;
+        self.reread();
+        done
+    }
+}

@@ -1,0 +1,53 @@
+//! The programs. They decide nothing: `rvs_datapath::core::process` does; here is one match from its verdict to the kernel's codes.
+#![no_std]
+#![no_main]
+#![feature(core_intrinsics, asm_experimental_arch, adt_const_params)]
+#![allow(internal_features, reason = "atomic compare-and-swap has no other way on this target")]
+
+mod calls;
+mod ctx;
+mod maps;
+mod stages;
+mod timer;
+mod words;
+
+use aya_ebpf::bindings::xdp_action;
+use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::macros::xdp;
+use aya_ebpf::programs::XdpContext;
+use rvs_datapath::verdict::Action;
+
+/// For native and generic XDP.
+#[xdp]
+pub fn rvs_xdp(ctx: XdpContext) -> u32 {
+    run(&ctx)
+}
+
+#[inline(always)]
+pub(crate) fn run(ctx: &XdpContext) -> u32 {
+    let verdict = stages::process(ctx);
+    maps::count_verdict(verdict);
+    match verdict.action() {
+        // SAFETY: a helper without memory arguments.
+        Action::Out(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
+        Action::Back => xdp_action::XDP_TX,
+        Action::Up => xdp_action::XDP_PASS,
+        Action::Drop => xdp_action::XDP_DROP,
+    }
+}
+
+/// For the far end of a veth, which takes redirected frames only if it has a program.
+#[xdp]
+pub fn rvs_pass(_: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    // Never reached: the verifier refuses a program that could loop.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,384 @@
+//! The maps, and the pipeline's tables over them.
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::bindings::{bpf_fib_lookup as FibLookup, bpf_timer};
+use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_loop};
+use aya_ebpf::macros::btf_map;
+use aya_ebpf::programs::XdpContext;
+use core::ffi::c_void;
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
+use rvs_datapath::abi::{
+    Clock, Config, Dest, DestInfo, DestState, Hop, IFACES_MAX, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey,
+    ServiceState, Stats,
+};
+use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::packet::Ip;
+use rvs_datapath::tables::{Machine, Route, Tables, Walker};
+use rvs_datapath::verdict::{COUNTERS, Verdict};
+
+use crate::words::Table;
+
+/// Largest connection table, 256 MB. The loader makes the real one (any power of two below).
+const MAX_WORDS: usize = 32 << 20;
+const MMAPABLE: usize = 1024;
+
+// Sizes here are defaults: the loader gives its own.
+#[btf_map]
+static CONN4: Array<[u64; MAX_WORDS], 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CONN6: Array<[u64; MAX_WORDS], 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CONFIG: Array<Config, 1> = Array::new();
+#[btf_map]
+static CLOCK: Array<Clock, 1, MMAPABLE> = Array::new();
+#[btf_map]
+pub static TIMER: Array<Timer, 1> = Array::new();
+#[btf_map]
+static IFACES: Array<Iface, { IFACES_MAX as usize }> = Array::new();
+#[btf_map]
+static SERVICE_KEYS: HashMap<ServiceKey, u64, 16384> = HashMap::new();
+#[btf_map]
+static SERVICES: Array<Service, 16384> = Array::new();
+#[btf_map]
+static SERVICE_STATE: Array<ServiceState, 16384> = Array::new();
+#[btf_map]
+static DESTS: Array<Dest, 65536> = Array::new();
+#[btf_map]
+static DEST_INFO: Array<DestInfo, 65536> = Array::new();
+#[btf_map]
+static DEST_STATE: Array<DestState, 65536, MMAPABLE> = Array::new();
+#[btf_map]
+static DEST_STATS: PerCpuArray<Stats, 65536> = PerCpuArray::new();
+#[btf_map]
+static LISTS: Array<ListEntry, 262144> = Array::new();
+#[btf_map]
+static TABLES: Array<u32, 262144> = Array::new();
+#[btf_map]
+static HOPS: Array<Hop, 65536> = Array::new();
+#[btf_map]
+static REPLY_HOPS: Array<Hop, { REPLY_HOPS_MAX as usize }> = Array::new();
+#[btf_map]
+static VERDICTS: PerCpuArray<u64, COUNTERS> = PerCpuArray::new();
+
+#[repr(C)]
+pub struct Timer {
+    pub timer: bpf_timer,
+}
+
+/// The programs never write it, but the pins and the daemon must find it in the object.
+#[inline(always)]
+pub fn keep() {
+    let _ = DEST_INFO.get_ptr(0);
+}
+
+#[inline(always)]
+pub fn clock() -> Option<&'static Clock> {
+    CLOCK.get(0)
+}
+#[inline(always)]
+pub fn clock_mut() -> Option<*mut Clock> {
+    CLOCK.get_ptr_mut(0)
+}
+#[inline(always)]
+pub fn config() -> Option<&'static Config> {
+    CONFIG.get(0)
+}
+#[inline(always)]
+pub fn table4() -> Option<Table<'static, V4>> {
+    Some(Table::new(CONN4.get_ptr_mut(0)? as *mut u64, config()?, clock()?))
+}
+#[inline(always)]
+pub fn table6() -> Option<Table<'static, V6>> {
+    Some(Table::new(CONN6.get_ptr_mut(0)? as *mut u64, config()?, clock()?))
+}
+
+#[inline(always)]
+pub fn count_verdict(verdict: Verdict) {
+    if let Some(n) = VERDICTS.get_ptr_mut(verdict.counter()) {
+        // SAFETY: this CPU's own value.
+        unsafe { *n += 1 };
+    }
+}
+
+#[inline(always)]
+pub fn account(dest: u32, active: i64, inactive: i64) {
+    let Some(s) = DEST_STATE.get_ptr_mut(dest) else { return };
+    // SAFETY: a valid value; shared only through atomic instructions.
+    unsafe {
+        if active != 0 {
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*s).active, active as u64);
+        }
+        if inactive != 0 {
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*s).inactive, inactive as u64);
+        }
+    }
+}
+
+#[inline(always)]
+pub fn dest_address<I: Ip>(dest: u32) -> Option<(I::Addr, u16)> {
+    let d = DESTS.get(dest)?;
+    Some((I::from_bytes(&d.address), d.port))
+}
+
+/// The tables of one packet. `ctx` and `ifindex` are for the routing helper.
+pub struct Maps<'a> {
+    ctx: *mut c_void,
+    ifindex: u32,
+    config: &'a Config,
+    conns4: Table<'a, V4>,
+    conns6: Table<'a, V6>,
+}
+
+impl Maps<'_> {
+    #[inline(always)]
+    pub fn of(ctx: &XdpContext) -> Option<Maps<'static>> {
+        // SAFETY: a field of the context.
+        let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
+        Some(Maps { ctx: ctx.as_ptr(), ifindex, config: config()?, conns4: table4()?, conns6: table6()? })
+    }
+}
+
+impl<'a> Tables for Maps<'a> {
+    type C4 = Table<'a, V4>;
+    type C6 = Table<'a, V6>;
+    #[inline(always)]
+    fn conns4(&self) -> &Self::C4 {
+        &self.conns4
+    }
+    #[inline(always)]
+    fn conns6(&self) -> &Self::C6 {
+        &self.conns6
+    }
+    #[inline(always)]
+    fn config(&self) -> &Config {
+        self.config
+    }
+    #[inline(always)]
+    fn iface(&self, ifindex: u32) -> Option<&Iface> {
+        IFACES.get(ifindex % IFACES_MAX).filter(|i| i.ifindex == ifindex)
+    }
+    #[inline(always)]
+    fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        // SAFETY: the control plane replaces whole values; a value is one word.
+        unsafe { SERVICE_KEYS.get(key) }.map(|v| *v as u32)
+    }
+    #[inline(always)]
+    fn service(&self, index: u32) -> Option<&Service> {
+        SERVICES.get(index)
+    }
+    #[inline(always)]
+    fn dest(&self, index: u32) -> Option<&Dest> {
+        DESTS.get(index)
+    }
+    #[inline(always)]
+    fn list(&self, at: u32) -> Option<ListEntry> {
+        LISTS.get(at).copied()
+    }
+    #[inline(always)]
+    fn table(&self, at: u32) -> Option<u32> {
+        TABLES.get(at).copied().filter(|d| *d != 0)
+    }
+    #[inline(always)]
+    fn hop(&self, index: u32) -> Option<&Hop> {
+        HOPS.get(index)
+    }
+    #[inline(always)]
+    fn reply_hop(&self, index: u8) -> Option<&Hop> {
+        REPLY_HOPS.get(index as u32)
+    }
+    #[inline(always)]
+    fn keep_reply_hop(&self, hop: &Hop) -> u8 {
+        keep_reply_hop(hop)
+    }
+    #[inline(always)]
+    fn machine(&self, service: u32, which: Machine) -> u64 {
+        // SAFETY: a valid value, read as a whole word.
+        SERVICE_STATE.get_ptr_mut(service).map_or(0, |s| unsafe { word(s, which).read_volatile() })
+    }
+    #[inline(always)]
+    fn advance(&self, service: u32, which: Machine, old: u64, new: u64) -> bool {
+        let Some(s) = SERVICE_STATE.get_ptr_mut(service) else { return false };
+        // SAFETY: a valid value; shared only through atomic instructions and whole-word loads.
+        unsafe {
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word(s, which), old, new).1
+        }
+    }
+    #[inline(always)]
+    fn overhead(&self, dest: u32) -> u64 {
+        let Some(s) = DEST_STATE.get(dest) else { return 0 };
+        // Below 0 for an instant counts as 0.
+        let of = |n: u64| if (n as i64) < 0 { 0 } else { n };
+        (of(s.active) << 8).wrapping_add(of(s.inactive))
+    }
+    #[inline(always)]
+    fn overloaded(&self, dest: u32) -> bool {
+        DEST_STATE.get(dest).is_none_or(|s| s.flags & 1 != 0)
+    }
+    #[inline(always)]
+    fn available(&self, dest: u32) -> bool {
+        // The effective weight's being 0 is the control plane's to show here (bit 1), since tables know no weights.
+        DEST_STATE.get(dest).is_some_and(|s| s.flags & 3 == 0)
+    }
+    #[inline(always)]
+    fn count_connection(&self, dest: u32) {
+        let Some(s) = DEST_STATS.get_ptr_mut(dest) else { return };
+        // SAFETY: this CPU's own value.
+        unsafe { (*s).connections += 1 };
+    }
+    #[inline(always)]
+    fn count_in(&self, dest: u32, bytes: u32) {
+        let Some(s) = DEST_STATS.get_ptr_mut(dest) else { return };
+        // SAFETY: this CPU's own value.
+        unsafe {
+            (*s).packets_in += 1;
+            (*s).bytes_in += bytes as u64;
+        }
+    }
+    #[inline(always)]
+    fn count_out(&self, dest: u32, bytes: u32) {
+        let Some(s) = DEST_STATS.get_ptr_mut(dest) else { return };
+        // SAFETY: this CPU's own value.
+        unsafe {
+            (*s).packets_out += 1;
+            (*s).bytes_out += bytes as u64;
+        }
+    }
+    #[inline(always)]
+    fn may_send_icmp(&self) -> bool {
+        may_send_icmp()
+    }
+    #[inline(always)]
+    fn route<I: Ip>(&self, ends: [I::Addr; 2], protocol: u8, len: u32, hop: &mut Hop) -> Route {
+        let ends = [I::bytes(ends[0]), I::bytes(ends[1])];
+        let about = (I::FAMILY as u32) << 24 | (protocol as u32) << 16 | len & 0xffff;
+        match route(self.ctx, self.ifindex, &ends, about, hop) {
+            FIB_SUCCESS => Route::Hop,
+            FIB_NO_NEIGH => Route::NoNeighbour,
+            refused if FIB_REFUSED.contains(&refused) => Route::None,
+            _ => Route::Kernel,
+        }
+    }
+    #[inline(always)]
+    fn walk<W: Walker<Self>>(&self, count: u32, walker: &mut W) {
+        let mut round = Round { maps: self, walker };
+        // SAFETY: the callback gets back the pointer given here, while it is valid.
+        unsafe { bpf_loop(count, step::<Self, W> as *mut c_void, &raw mut round as *mut c_void, 0) };
+    }
+}
+
+struct Round<M, W> {
+    maps: *const M,
+    walker: *mut W,
+}
+
+unsafe extern "C" fn step<M, W: Walker<M>>(i: u32, round: *mut Round<M, W>) -> i64 {
+    // SAFETY: what walk passed.
+    unsafe { (*(*round).walker).step(&*(*round).maps, i) as i64 }
+}
+
+#[inline(always)]
+fn word(s: *mut ServiceState, which: Machine) -> *mut u64 {
+    // SAFETY: fields of a valid value.
+    unsafe {
+        match which {
+            Machine::Rr => &raw mut (*s).rr,
+            Machine::Wrr => &raw mut (*s).wrr,
+        }
+    }
+}
+
+/// Generated ICMP errors a second, as the kernel's `icmp_msgs_per_sec`.
+const ICMP_PER_S: u64 = 1000;
+
+#[inline(always)]
+fn may_send_icmp() -> bool {
+    let Some(c) = clock_mut() else { return false };
+    // SAFETY: a valid value; the word is changed atomically.
+    unsafe {
+        let now = ((&raw const (*c).now_s).read_volatile() as u64) << 32;
+        let old = (&raw const (*c).icmp).read_volatile();
+        let sent = if old >> 32 << 32 == now { old & 0xffff_ffff } else { 0 };
+        if sent >= ICMP_PER_S {
+            return false;
+        }
+        let at = &raw mut (*c).icmp;
+        // Lost races count as sent: the limit is on the safe side.
+        let _ = atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, now | (sent + 1));
+    }
+    true
+}
+
+/// Places that a next hop may have, from its hash on.
+const PROBES: u32 = 4;
+
+/// A place is claimed once, by its second word, and never changed: a hop that finds none is looked up each time.
+#[inline(always)]
+fn keep_reply_hop(hop: &Hop) -> u8 {
+    let hash = (hop.macs[0] ^ hop.macs[1].rotate_left(16) ^ hop.ifindex).wrapping_mul(0x9e37_79b1) >> 24;
+    let low = hop.macs[0] as u64 | (hop.macs[1] as u64) << 32;
+    let high = hop.macs[2] as u64 | (hop.ifindex as u64) << 32;
+    let mut i = 0;
+    while i < PROBES {
+        let n = (hash + i) & (REPLY_HOPS_MAX - 1);
+        i += 1;
+        if n == 0 {
+            continue;
+        }
+        let Some(place) = REPLY_HOPS.get_ptr_mut(n) else { return 0 };
+        let words = place as *mut u64;
+        // SAFETY: a Hop is two words; the second is claimed atomically, the first written by who claimed it.
+        unsafe {
+            let there = words.add(1).read_volatile();
+            if there == high && words.read_volatile() == low {
+                return n as u8;
+            }
+            if there == 0
+                && words.read_volatile() == 0
+                && atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(words, 0, low).1
+            {
+                words.add(1).write_volatile(high);
+                return n as u8;
+            }
+        }
+    }
+    0
+}
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const FIB_SUCCESS: i64 = 0;
+const FIB_NO_NEIGH: i64 = 7;
+/// Blackhole, unreachable, prohibit.
+const FIB_REFUSED: core::ops::RangeInclusive<i64> = 1..=3;
+
+/// Family, protocol and length of the packet in `about` (8, 8, 16 bits, high to low).
+#[inline(never)]
+fn route(ctx: *mut c_void, ifindex: u32, ends: &[[u8; 16]; 2], about: u32, found: &mut Hop) -> i64 {
+    // SAFETY: plain integers, for which 0 is a value.
+    let mut q: FibLookup = unsafe { core::mem::zeroed() };
+    q.l4_protocol = (about >> 16) as u8;
+    q.ifindex = ifindex;
+    q.__bindgen_anon_1.tot_len = about as u16;
+    let word = |b: &[u8; 16], i: usize| u32::from_ne_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
+    let [from, to] = ends;
+    if about >> 24 == 4 {
+        q.family = AF_INET;
+        q.__bindgen_anon_3.ipv4_src = word(from, 0);
+        q.__bindgen_anon_4.ipv4_dst = word(to, 0);
+    } else {
+        q.family = AF_INET6;
+        q.__bindgen_anon_3.ipv6_src = [word(from, 0), word(from, 4), word(from, 8), word(from, 12)];
+        q.__bindgen_anon_4.ipv6_dst = [word(to, 0), word(to, 4), word(to, 8), word(to, 12)];
+    }
+    // SAFETY: the context of this program and a parameter block of the size given.
+    let r = unsafe { bpf_fib_lookup(ctx, &raw mut q, size_of::<FibLookup>() as i32, 0) };
+    let (d, s) = (q.dmac, q.smac);
+    found.macs = [
+        u32::from_ne_bytes([d[0], d[1], d[2], d[3]]),
+        u32::from_ne_bytes([d[4], d[5], s[0], s[1]]),
+        u32::from_ne_bytes([s[2], s[3], s[4], s[5]]),
+    ];
+    found.ifindex = q.ifindex;
+    r
+}

@@ -1,0 +1,80 @@
+//! The stages of the pipeline as functions of their own, verified once each, with a stack frame each. They take the context, and
+//! begin with the packet anew.
+
+use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::programs::XdpContext;
+use rvs_datapath::core;
+use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::verdict::{Reason, Stage, Verdict, drop};
+
+use crate::ctx::Xdp;
+use crate::maps::Maps;
+
+/// All of it.
+#[inline(always)]
+pub fn process(ctx: &XdpContext) -> Verdict {
+    let Some(maps) = Maps::of(ctx) else { return drop(Reason::Internal) };
+    match core::arrive(&mut Xdp::new(ctx), &maps) {
+        Ok(4) => core::stages(|stage, number| {
+            Verdict::from_word(match stage {
+                Stage::Whole => whole4(ctx.ctx),
+                Stage::Retire => retire4(ctx.ctx),
+                Stage::First => first4(ctx.ctx),
+                Stage::Enter => enter4(ctx.ctx, number),
+                Stage::Link => link4(ctx.ctx, number),
+                Stage::MakeWay => make_way4(ctx.ctx, number),
+                Stage::GiveUp => give_up4(ctx.ctx, number),
+                Stage::TimeExceeded => time_exceeded4(ctx.ctx),
+                Stage::PortUnreachable => port_unreachable4(ctx.ctx),
+            })
+        }),
+        Ok(_) => core::stages(|stage, number| {
+            Verdict::from_word(match stage {
+                Stage::Whole => whole6(ctx.ctx),
+                Stage::Retire => retire6(ctx.ctx),
+                Stage::First => first6(ctx.ctx),
+                Stage::Enter => enter6(ctx.ctx, number),
+                Stage::Link => link6(ctx.ctx, number),
+                Stage::MakeWay => make_way6(ctx.ctx, number),
+                Stage::GiveUp => give_up6(ctx.ctx, number),
+                Stage::TimeExceeded => time_exceeded6(ctx.ctx),
+                Stage::PortUnreachable => port_unreachable6(ctx.ctx),
+            })
+        }),
+        Err(verdict) => verdict,
+    }
+}
+
+// Only parameters that are used: LLVM drops others, and the verifier then misses them at the call.
+macro_rules! stages {
+    ($($name:ident($($number:ident)?) $family:ty, $stage:ident;)*) => { $(
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(ctx: *mut xdp_md $(, $number: u32)?) -> u64 {
+            let ctx = XdpContext::new(ctx);
+            let Some(maps) = Maps::of(&ctx) else { return drop(Reason::Internal).word() };
+            let number = 0 $(+ $number)?;
+            core::run::<$family, _, _>(&mut Xdp::new(&ctx), &maps, Stage::$stage, number).word()
+        }
+    )* };
+}
+stages! {
+    whole4() V4, Whole;
+    whole6() V6, Whole;
+    retire4() V4, Retire;
+    retire6() V6, Retire;
+    first4() V4, First;
+    first6() V6, First;
+    enter4(dest) V4, Enter;
+    enter6(dest) V6, Enter;
+    link4(place) V4, Link;
+    link6(place) V6, Link;
+    make_way4(place) V4, MakeWay;
+    make_way6(place) V6, MakeWay;
+    give_up4(place) V4, GiveUp;
+    give_up6(place) V6, GiveUp;
+    time_exceeded4() V4, TimeExceeded;
+    time_exceeded6() V6, TimeExceeded;
+    port_unreachable4() V4, PortUnreachable;
+    port_unreachable6() V6, PortUnreachable;
+}

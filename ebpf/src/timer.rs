@@ -1,0 +1,91 @@
+//! The tick: time for the data plane, and the sweep of the connection tables, a slice each tick. It goes on whatever becomes of the
+//! daemon: the timer lives in a pinned map.
+
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_loop, bpf_timer_init, bpf_timer_set_callback, bpf_timer_start};
+use aya_ebpf::macros::xdp;
+use aya_ebpf::programs::XdpContext;
+use core::ffi::c_void;
+use rvs_datapath::abi::{SWEEP_TICKS, TICK_NS};
+use rvs_datapath::conn;
+use rvs_datapath::ct::Buckets;
+
+use crate::calls;
+use crate::maps::{self, TIMER, Timer};
+
+const EBUSY: i64 = -16;
+
+/// Run once by the loader (BPF_PROG_TEST_RUN): start the timer, or have a running one go on with this program's code. Returns 2 if done.
+#[xdp]
+pub fn rvs_start(_: XdpContext) -> u32 {
+    maps::keep();
+    tick();
+    let Some(t) = TIMER.get_ptr_mut(0) else { return 0 };
+    // SAFETY: the timer of this map's value.
+    unsafe {
+        let timer = &raw mut (*t).timer;
+        let r = bpf_timer_init(timer, &raw const TIMER as *mut c_void, 1);
+        if r != 0 && r != EBUSY {
+            return 100;
+        }
+        if bpf_timer_set_callback(timer, on_timer as *mut c_void) != 0 {
+            return 101;
+        }
+        if bpf_timer_start(timer, TICK_NS, 0) != 0 {
+            return 102;
+        }
+    }
+    2
+}
+
+unsafe extern "C" fn on_timer(_map: *mut c_void, _key: *mut u32, value: *mut Timer) -> i32 {
+    let sweep = tick();
+    if let Some((from4, count4, from6, count6)) = sweep {
+        let mut from = from4;
+        // SAFETY: the callbacks get back the pointer given here.
+        unsafe { bpf_loop(count4, sweep4 as *mut c_void, &raw mut from as *mut c_void, 0) };
+        from = from6;
+        // SAFETY: as above.
+        unsafe { bpf_loop(count6, sweep6 as *mut c_void, &raw mut from as *mut c_void, 0) };
+    }
+    // SAFETY: the timer whose callback this is.
+    unsafe { bpf_timer_start(&raw mut (*value).timer, TICK_NS, 0) };
+    0
+}
+
+/// Move the clock on. The slices of buckets that are due.
+#[inline(always)]
+fn tick() -> Option<(u32, u32, u32, u32)> {
+    let c = maps::clock_mut()?;
+    let (b4, b6) = (maps::table4()?.mask() as u64 + 1, maps::table6()?.mask() as u64 + 1);
+    // SAFETY: a valid value; only the timer writes these fields.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        (&raw mut (*c).tick_ns).write_volatile(now);
+        (&raw mut (*c).now_s).write_volatile((now / 1_000_000_000) as u32);
+        let n = (*c).ticks;
+        (&raw mut (*c).ticks).write_volatile(n.wrapping_add(1));
+        let at = (n % SWEEP_TICKS) as u64;
+        let slice = |buckets: u64| {
+            let (from, to) = (at * buckets / SWEEP_TICKS as u64, (at + 1) * buckets / SWEEP_TICKS as u64);
+            (from as u32, (to - from) as u32)
+        };
+        let (s4, s6) = (slice(b4), slice(b6));
+        Some((s4.0, s4.1, s6.0, s6.1))
+    }
+}
+
+unsafe extern "C" fn sweep4(i: u32, from: *mut u32) -> i64 {
+    let Some(t) = maps::table4() else { return 1 };
+    // SAFETY: what on_timer passed.
+    let bucket = unsafe { *from }.wrapping_add(i);
+    conn::sweep(&t, bucket, |entry| calls::release4(&entry));
+    0
+}
+
+unsafe extern "C" fn sweep6(i: u32, from: *mut u32) -> i64 {
+    let Some(t) = maps::table6() else { return 1 };
+    // SAFETY: what on_timer passed.
+    let bucket = unsafe { *from }.wrapping_add(i);
+    conn::sweep(&t, bucket, |entry| calls::release6(&entry));
+    0
+}

@@ -1,0 +1,128 @@
+//! The connection tables as the daemon sees them: the same memory and the same code as the programs', read without a system call.
+
+use rvs_datapath::abi::{Clock, Config};
+use rvs_datapath::conn::{self, Addressing, Conns, Policy};
+use rvs_datapath::ct::{self, Bucket, Buckets, Family, Rank, Seed};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::raw::Mapping;
+
+/// One family's table.
+pub struct ConnTable<F: Family> {
+    mapping: Mapping,
+    mask: u32,
+    config: Config,
+    now_s: u32,
+    family: std::marker::PhantomData<F>,
+}
+
+/// One bucket.
+#[derive(Clone, Copy)]
+pub struct Line<'a>(&'a [AtomicU64]);
+impl Bucket for Line<'_> {
+    fn load(&self, word: usize) -> u64 {
+        self.0[word].load(Ordering::Acquire)
+    }
+    fn store(&self, word: usize, value: u64) {
+        self.0[word].store(value, Ordering::Release);
+    }
+    fn cas(&self, word: usize, old: u64, new: u64) -> bool {
+        self.0[word].compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+}
+
+/// A flow as lists show it. Ports in host order, addresses as they lie in the packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// 4 or 6.
+    pub family: u8,
+    /// 1 TCP, 2 UDP, 3 SCTP.
+    pub proto: u64,
+    pub state: u64,
+    pub client: [u8; 16],
+    pub client_port: u16,
+    pub virtual_address: [u8; 16],
+    pub virtual_port: u16,
+    pub dest: u32,
+    pub seconds_left: u32,
+    /// It came from the other director.
+    pub synced: bool,
+}
+
+impl<F: Addressing + rvs_datapath::packet::Ip> ConnTable<F> {
+    pub(super) fn new(mapping: Mapping, mask: u32, config: Config) -> Self {
+        ConnTable { mapping, mask, config, now_s: 0, family: std::marker::PhantomData }
+    }
+    pub fn buckets(&self) -> u32 {
+        self.mask + 1
+    }
+    /// For the reads that follow.
+    pub fn at(&mut self, config: &Config, clock: &Clock) {
+        self.config = *config;
+        self.now_s = clock.now_s;
+    }
+    /// The flows of some buckets, those that have timed out left out.
+    pub fn flows(&self, buckets: std::ops::Range<u32>) -> impl Iterator<Item = Flow> + '_ {
+        buckets.flat_map(|n| ct::entries::<F, _>(self, n)).filter_map(|e| {
+            let forward = ct::is_live(e.control) && e.control & ct::REVERSE == 0;
+            if !forward || conn::expired(&self.config.policy, e.control, self.now_s) {
+                return None;
+            }
+            let key = e.key::<F>(&self.config.seed);
+            Some(Flow {
+                family: F::FAMILY,
+                proto: ct::proto(e.control),
+                state: ct::state(e.control),
+                client: F::bytes(F::source(&e.words)),
+                client_port: key.sport(),
+                virtual_address: F::bytes(F::destination(&e.words)),
+                virtual_port: key.dport(),
+                dest: conn::dest(e.control),
+                seconds_left: conn::seconds_left(&self.config.policy, e.control, self.now_s),
+                synced: e.control & conn::SYNCED != 0,
+            })
+        })
+    }
+    /// The words themselves, for checks and measurements.
+    pub fn words(&self) -> &[AtomicU64] {
+        self.mapping.words()
+    }
+}
+
+impl<F: Addressing> Buckets<F> for ConnTable<F> {
+    type B<'a> = Line<'a>;
+    fn bucket(&self, n: u32) -> Line<'_> {
+        let at = (n & self.mask) as usize * F::WORDS;
+        Line(&self.mapping.words()[at..at + F::WORDS])
+    }
+    fn mask(&self) -> u32 {
+        self.mask
+    }
+    fn seed(&self) -> &Seed {
+        &self.config.seed
+    }
+    fn rank(&self, control: u64) -> Rank {
+        conn::rank(&self.config.policy, control, self.now_s, |x| Buckets::<F>::sign(self, x))
+    }
+    fn movable(&self, control: u64) -> bool {
+        control & ct::LINKED == 0
+    }
+}
+
+/// Reading only: nothing here moves counters.
+impl<F: Addressing> Conns<F> for ConnTable<F> {
+    type Table = Self;
+    fn table(&self) -> &Self {
+        self
+    }
+    fn policy(&self) -> &Policy {
+        &self.config.policy
+    }
+    fn now_s(&self) -> u32 {
+        self.now_s
+    }
+    fn account(&self, _: u32, _: i64, _: i64) {}
+    fn dest_address(&self, _: u32) -> Option<(F::Addr, u16)> {
+        None
+    }
+}

@@ -1,0 +1,101 @@
+//! The few system calls that the library has no words for.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+
+/// `union bpf_attr` of BPF_MAP_CREATE, as far as we fill it.
+#[repr(C)]
+#[derive(Default)]
+struct Create {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    name: [u8; 16],
+    rest: [u32; 14],
+}
+
+fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<i32> {
+    // SAFETY: `attr` is a valid, initialised attribute block of the size given; the kernel reads it only.
+    let r = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r as i32) }
+}
+
+/// An array of one value of `bytes`, which user space can map. (An object file gives value sizes only at compile time.)
+pub fn create_mappable(name: &str, bytes: u32) -> io::Result<OwnedFd> {
+    let mut attr = Create {
+        map_type: BPF_MAP_TYPE_ARRAY,
+        key_size: 4,
+        value_size: bytes,
+        max_entries: 1,
+        map_flags: BPF_F_MMAPABLE,
+        ..Create::default()
+    };
+    for (to, from) in attr.name.iter_mut().take(15).zip(name.bytes()) {
+        *to = from;
+    }
+    let fd = bpf(BPF_MAP_CREATE, &attr)?;
+    // SAFETY: a new file descriptor that nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    #[repr(C)]
+    struct Pin {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf(BPF_OBJ_PIN, &Pin { path: path.as_ptr() as u64, fd: fd.as_raw_fd() as u32, flags: 0 }).map(|_| ())
+}
+
+/// A map's one value in our memory, shared with the programs: whole words, read and written atomically.
+pub struct Mapping {
+    at: *mut libc::c_void,
+    bytes: usize,
+}
+
+// SAFETY: the memory is shared with other writers anyway, and is only reached through atomics.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    pub fn new(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<Mapping> {
+        // SAFETY: a new mapping; no memory of ours is touched.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Mapping { at, bytes }) }
+    }
+    pub fn words(&self) -> &[std::sync::atomic::AtomicU64] {
+        // SAFETY: page-aligned memory of this many bytes, valid while self is, reached only through atomics.
+        unsafe { std::slice::from_raw_parts(self.at.cast(), self.bytes / 8) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in new, whose borrows have ended.
+        unsafe { libc::munmap(self.at, self.bytes) };
+    }
+}

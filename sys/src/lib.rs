@@ -1,0 +1,6 @@
+pub mod bpf;
+pub mod firewall;
+pub mod netlink;
+pub mod netns;
+pub mod realserver;
+pub mod sysctl;
