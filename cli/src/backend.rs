@@ -136,10 +136,6 @@ impl<'a> Client<'a> {
         self.unanswered < limits::PIPELINE_MAX
     }
 
-    pub fn has_unanswered(&self) -> bool {
-        self.unanswered > 0
-    }
-
     pub fn start_command(&mut self, command: api::Command) -> Result<(), BackendError> {
         self.backend.send(RequestBody::Command(command))?;
         self.unanswered += 1;

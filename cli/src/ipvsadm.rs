@@ -229,39 +229,54 @@ impl Runner<'_> {
     /// Commands from standard input, one a line, until one of them is no command. Commands that are refused don't end
     /// it; the exit code is the last line's.
     fn restore(&mut self, stdin: &mut dyn BufRead) -> Result<u8, Stop> {
-        let mut exit = 0;
         let mut unanswered = VecDeque::new();
+        let restored = self.restore_lines(stdin, &mut unanswered);
+        // Complaints about the commands before a line come before the complaint about it.
+        let answered = self.answer_all(&mut unanswered)?;
+        Ok(answered.unwrap_or(restored?))
+    }
+
+    /// The exit code of the last line, unless that is one of the `unanswered`.
+    fn restore_lines(&mut self, stdin: &mut dyn BufRead, unanswered: &mut VecDeque<Command>) -> Result<u8, Stop> {
+        let mut exit = 0;
         while let Some(words) = next_line(stdin)? {
             if words.is_empty() {
                 continue;
             }
             let low = LowArgs::split(&words);
-            let action = meaning(&low, self.program, self.resolver);
-            if let Ok(Action::Command(command)) = action {
-                if !self.client.can_send() {
-                    self.answer_one(&mut unanswered)?;
+            match meaning(&low, self.program, self.resolver) {
+                Ok(Action::Command(command)) => {
+                    if !self.client.can_send() {
+                        self.answer_one(unanswered)?;
+                    }
+                    self.client.start_command(command.clone())?;
+                    unanswered.push_back(command);
                 }
-                self.client.start_command(command.clone())?;
-                unanswered.push_back(command);
-                exit = 0;
-                continue;
-            }
-            // Everything else must see what the commands before it did, and complain after them.
-            while self.client.has_unanswered() {
-                self.answer_one(&mut unanswered)?;
-            }
-            exit = match action {
+                Ok(action) => {
+                    // A listing shows what the commands before it did; help ends everything.
+                    self.answer_all(unanswered)?;
+                    let ends = matches!(action, Action::Text(_));
+                    exit = self.act(action, None)?;
+                    if ends {
+                        return Ok(exit);
+                    }
+                }
                 Err(fail) if fail.goes_on => {
+                    self.answer_all(unanswered)?;
                     complain(self.stderr, &fail.message);
-                    fail.exit
+                    exit = fail.exit;
                 }
                 Err(fail) => return Err(fail.into()),
-                Ok(action @ Action::Text(_)) => return self.act(action, None),
-                Ok(action) => self.act(action, None)?,
-            };
+            }
         }
-        while self.client.has_unanswered() {
-            exit = self.answer_one(&mut unanswered)?;
+        Ok(exit)
+    }
+
+    /// The exit code of the last command that was waiting for its answer, if any was.
+    fn answer_all(&mut self, unanswered: &mut VecDeque<Command>) -> Result<Option<u8>, Stop> {
+        let mut exit = None;
+        while !unanswered.is_empty() {
+            exit = Some(self.answer_one(unanswered)?);
         }
         Ok(exit)
     }

@@ -2,13 +2,15 @@
 //! configuration files; the model's own types stay free of text formats.
 //!
 //! A unix stream socket carries lines of JSON, one [`Request`] or [`Response`] each. A client may send up to
-//! [`limits::PIPELINE_MAX`] requests before it reads an answer. Answers come in the order of the requests; an answer is
-//! one or more lines with the request's `id`, the last of them with `last` set. Listings are streamed in chunks of at
-//! most [`limits::ROWS_PER_CHUNK`] rows, so that neither side ever holds a whole table. A line that is not a request is
-//! answered with a refusal ([`Code::BadRequest`], id 0), and the server then closes the connection.
+//! [`PIPELINE_MAX`](crate::limits::PIPELINE_MAX) requests before it reads an answer. Answers come in the order of the
+//! requests; an answer is one or more lines with the request's `id`, the last of them with `last` set. Listings are
+//! streamed in chunks of at most [`ROWS_PER_CHUNK`](crate::limits::ROWS_PER_CHUNK) rows, so that neither side ever holds
+//! a whole table. A line that is not a request is answered with a refusal ([`Code::BadRequest`], id 0), and the server
+//! then closes the connection.
 
 mod convert;
 mod frame;
+mod listing;
 mod rows;
 
 #[cfg(test)]
@@ -20,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use convert::BadCommand;
 pub use frame::{DecodeError, FrameError, LineDecoder, decode_request, decode_response, encode};
+pub use listing::{Chunks, Counters, DestCounters, daemons, in_chunks, list, local_addresses};
 pub use rows::{
     ConnOrigin, ConnRow, CpuStats, DaemonRow, DestRow, DropRow, EngineData, ListRow, LocalAddressRow, Rates,
     ServiceRow, Stats, StatsReport, Status, conn_state_name,

@@ -1,5 +1,11 @@
 //! The tables in plain memory: what native tests, the simulation and the benchmark's native side run on.
 
+mod packet;
+mod tables;
+
+pub use packet::{MemPacket, MemWindow};
+pub use tables::{MemSizes, MemTables, Way};
+
 use crate::conn::{self, Addressing, Conns, Policy, Timeouts};
 use crate::ct::{self, Bucket, Buckets, Family, Rank, Seed};
 use std::collections::BTreeMap;

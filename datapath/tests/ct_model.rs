@@ -1,10 +1,11 @@
 //! The connection table against a simple model: a map of flows with the second of their last packet.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod ct_common;
 
-use ct_common::{Crowd, Fam, Rng, Side, Tuple, audit, class_of, key_of};
+use ct_common::{Crowd, Fam, Rng, Side, Tuple, audit, class_of};
 use proptest::prelude::*;
-use rvs_datapath::conn::{self, Conns, Opened, Timeouts, class};
+use rvs_datapath::conn::{self, Opened, Timeouts, class};
 use rvs_datapath::ct::{self, Entry, Found, V4, V6};
 use rvs_datapath::mem::MemConns;
 use rvs_datapath::proto::tcp::{self, Way};

@@ -12,28 +12,13 @@ mod timer;
 mod words;
 
 use aya_ebpf::bindings::xdp_action;
-use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use rvs_datapath::verdict::Action;
 
 /// For native and generic XDP.
 #[xdp]
 pub fn rvs_xdp(ctx: XdpContext) -> u32 {
-    run(&ctx)
-}
-
-#[inline(always)]
-pub(crate) fn run(ctx: &XdpContext) -> u32 {
-    let verdict = stages::process(ctx);
-    maps::count_verdict(verdict);
-    match verdict.action() {
-        // SAFETY: a helper without memory arguments.
-        Action::Out(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
-        Action::Back => xdp_action::XDP_TX,
-        Action::Up => xdp_action::XDP_PASS,
-        Action::Drop => xdp_action::XDP_DROP,
-    }
+    stages::run(&ctx)
 }
 
 /// For the far end of a veth, which takes redirected frames only if it has a program.

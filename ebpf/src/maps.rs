@@ -29,35 +29,35 @@ static CONN4: Array<[u64; MAX_WORDS], 1, MMAPABLE> = Array::new();
 #[btf_map]
 static CONN6: Array<[u64; MAX_WORDS], 1, MMAPABLE> = Array::new();
 #[btf_map]
-static CONFIG: Array<Config, 1> = Array::new();
+static CONFIG: Array<Config, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static CLOCK: Array<Clock, 1, MMAPABLE> = Array::new();
 #[btf_map]
 pub static TIMER: Array<Timer, 1> = Array::new();
 #[btf_map]
-static IFACES: Array<Iface, { IFACES_MAX as usize }> = Array::new();
+static IFACES: Array<Iface, { IFACES_MAX as usize }, MMAPABLE> = Array::new();
 #[btf_map]
 static SERVICE_KEYS: HashMap<ServiceKey, u64, 16384> = HashMap::new();
 #[btf_map]
-static SERVICES: Array<Service, 16384> = Array::new();
+static SERVICES: Array<Service, 16384, MMAPABLE> = Array::new();
 #[btf_map]
-static SERVICE_STATE: Array<ServiceState, 16384> = Array::new();
+static SERVICE_STATE: Array<ServiceState, 16384, MMAPABLE> = Array::new();
 #[btf_map]
-static DESTS: Array<Dest, 65536> = Array::new();
+static DESTS: Array<Dest, 65536, MMAPABLE> = Array::new();
 #[btf_map]
-static DEST_INFO: Array<DestInfo, 65536> = Array::new();
+static DEST_INFO: Array<DestInfo, 65536, MMAPABLE> = Array::new();
 #[btf_map]
 static DEST_STATE: Array<DestState, 65536, MMAPABLE> = Array::new();
 #[btf_map]
 static DEST_STATS: PerCpuArray<Stats, 65536> = PerCpuArray::new();
 #[btf_map]
-static LISTS: Array<ListEntry, 262144> = Array::new();
+static LISTS: Array<ListEntry, 262144, MMAPABLE> = Array::new();
 #[btf_map]
-static TABLES: Array<u32, 262144> = Array::new();
+static TABLES: Array<u32, 262144, MMAPABLE> = Array::new();
 #[btf_map]
-static HOPS: Array<Hop, 65536> = Array::new();
+static HOPS: Array<Hop, 65536, MMAPABLE> = Array::new();
 #[btf_map]
-static REPLY_HOPS: Array<Hop, { REPLY_HOPS_MAX as usize }> = Array::new();
+static REPLY_HOPS: Array<Hop, { REPLY_HOPS_MAX as usize }, MMAPABLE> = Array::new();
 #[btf_map]
 static VERDICTS: PerCpuArray<u64, COUNTERS> = PerCpuArray::new();
 

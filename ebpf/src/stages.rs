@@ -1,18 +1,33 @@
 //! The stages of the pipeline as functions of their own, verified once each, with a stack frame each. They take the context, and
 //! begin with the packet anew.
 
-use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::bindings::{xdp_action, xdp_md};
+use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::XdpContext;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
-use rvs_datapath::verdict::{Reason, Stage, Verdict, drop};
+use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, drop};
 
 use crate::ctx::Xdp;
-use crate::maps::Maps;
+use crate::maps::{self, Maps};
+
+/// The whole of an XDP program.
+#[inline(always)]
+pub fn run(ctx: &XdpContext) -> u32 {
+    let verdict = process(ctx);
+    maps::count_verdict(verdict);
+    match verdict.action() {
+        // SAFETY: a helper without memory arguments.
+        Action::Out(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
+        Action::Back => xdp_action::XDP_TX,
+        Action::Up => xdp_action::XDP_PASS,
+        Action::Drop => xdp_action::XDP_DROP,
+    }
+}
 
 /// All of it.
 #[inline(always)]
-pub fn process(ctx: &XdpContext) -> Verdict {
+fn process(ctx: &XdpContext) -> Verdict {
     let Some(maps) = Maps::of(ctx) else { return drop(Reason::Internal) };
     match core::arrive(&mut Xdp::new(ctx), &maps) {
         Ok(4) => core::stages(|stage, number| {

@@ -74,7 +74,8 @@ fn tick() -> Option<(u32, u32, u32, u32)> {
     }
 }
 
-unsafe extern "C" fn sweep4(i: u32, from: *mut u32) -> i64 {
+/// One bucket, as a callback of bpf_loop.
+pub unsafe extern "C" fn sweep4(i: u32, from: *mut u32) -> i64 {
     let Some(t) = maps::table4() else { return 1 };
     // SAFETY: what on_timer passed.
     let bucket = unsafe { *from }.wrapping_add(i);
@@ -82,7 +83,8 @@ unsafe extern "C" fn sweep4(i: u32, from: *mut u32) -> i64 {
     0
 }
 
-unsafe extern "C" fn sweep6(i: u32, from: *mut u32) -> i64 {
+/// The same for IPv6.
+pub unsafe extern "C" fn sweep6(i: u32, from: *mut u32) -> i64 {
     let Some(t) = maps::table6() else { return 1 };
     // SAFETY: what on_timer passed.
     let bucket = unsafe { *from }.wrapping_add(i);

@@ -168,7 +168,7 @@ fn a_move_under_an_inserter_of_the_same_flow() {
 fn a_move_of_a_recycled_way() {
     let k = crowd();
     let next = keys(HOME, THIRD, 6).next().unwrap();
-    model("move of a recycled way", 3, move || {
+    model("move of a recycled way", 2, move || {
         let t = full(&k);
         let (u, v, old) = (t.clone(), t.clone(), k[0]);
         let mover = thread::spawn(move || open(&u, &newcomer(), 4));

@@ -124,6 +124,35 @@ proptest! {
     }
 }
 
+/// Refusals, complaints of popt's and other complaints come in the order of the lines, and the last line decides.
+#[test]
+fn a_restore_complains_in_order() {
+    let restore = |input: &str| World::new(Capabilities::all()).ipvsadm(&["-R"], input, true);
+    let exists = "Service already exists\n";
+    let twice = "-A -t 192.0.2.1:80\n-A -t 192.0.2.1:80\n";
+    let outcome = restore(twice);
+    assert_eq!((outcome.stderr.as_str(), outcome.exit), (exists, 255));
+    let outcome = restore(&format!("{twice}-A -t 192.0.2.2:80"));
+    assert_eq!((outcome.stderr.as_str(), outcome.exit), (exists, 0), "the last line needs no newline");
+    let outcome = restore(&format!("{twice}-A -t 192.0.2.1:81 -p -1\n-L -n\n"));
+    assert_eq!((outcome.stderr, outcome.exit), (format!("{exists}-1: unknown option\n"), 0));
+    assert_eq!(outcome.stdout.lines().count(), 4, "the listing shows the service");
+    let outcome = restore(&format!("{twice}-A -t 192.0.2.1\n-A -t 192.0.2.3:80\n-L\n"));
+    let zero = "Zero port specified for non-persistent service\n";
+    assert_eq!((outcome.stderr, outcome.exit), (format!("{exists}{zero}"), 2));
+    assert_eq!(outcome.stdout, "", "nothing after a line that is no command");
+    let outcome = restore(&format!("{twice}-R\n"));
+    assert!(outcome.stderr.starts_with(exists) && outcome.stderr.ends_with("for more information.\n"));
+    assert_eq!(outcome.exit, 255);
+    let outcome = restore(&format!("{twice}-v\n-L\n"));
+    assert_eq!((outcome.stdout.lines().count(), outcome.exit), (1, 0));
+    let outcome = restore(&format!("{twice}{}", "x".repeat(100_000)));
+    assert_eq!((outcome.stderr.lines().count(), outcome.exit), (2, 255));
+    // More commands than may be unanswered at once, all refused but one.
+    let outcome = restore(&"-A -t 192.0.2.1:80\n".repeat(300));
+    assert_eq!((outcome.stderr, outcome.exit), (exists.repeat(299), 255));
+}
+
 const WORDS: &[&str] = &[
     "-A",
     "-E",

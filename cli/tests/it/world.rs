@@ -8,14 +8,12 @@ use rvs_cli::backend::{Backend, BackendError};
 use rvs_cli::ipvsadm::{Io, run};
 use rvs_cli::names::Resolver;
 use rvs_control::api::{
-    self, Code, ConnOrigin, ConnRow, CpuStats, DaemonRow, DestRow, Filter, ListRow, LocalAddressRow, Rates, Refusal,
-    Request, RequestBody, Response, ResponseBody, ServiceRow, Stats, StatsReport, Status,
+    self, ConnOrigin, ConnRow, Counters, CpuStats, DestCounters, Rates, Refusal, Request, RequestBody, Response,
+    ResponseBody, Stats, StatsReport, Status,
 };
 use rvs_control::capability::Capabilities;
 use rvs_control::limits;
-use rvs_control::model::{
-    Change, Command, DaemonRole, Dest, DestKey, Env, FwdMethod, Granularity, Model, Proto, Service, ServiceKey,
-};
+use rvs_control::model::{Change, Command, Dest, DestKey, Env, FwdMethod, Granularity, Model, Proto, ServiceKey};
 
 /// The recordings' director: its addresses and its only interface.
 pub struct Host;
@@ -121,31 +119,36 @@ impl World {
     /// Answers one request, as rvsd does.
     pub fn answer(&mut self, request: &Request) -> Vec<Response> {
         let id = request.id;
-        let bodies = match &request.body {
-            RequestBody::Command(command) => vec![match self.command(command) {
+        let body = match &request.body {
+            RequestBody::List(filter) => match api::list(&self.model, filter, self) {
+                Ok(rows) => return api::in_chunks(id, rows, ResponseBody::List).collect(),
+                Err(refusal) => ResponseBody::Refused(refusal),
+            },
+            RequestBody::Connections => {
+                let rows = self.conns.iter().map(|c| c.row.clone());
+                return api::in_chunks(id, rows, ResponseBody::Connections).collect();
+            }
+            RequestBody::LocalAddresses(service) => match self.capabilities.check_local_addresses() {
+                Ok(()) => {
+                    let rows = api::local_addresses(&self.model, service.map(Into::into));
+                    return api::in_chunks(id, rows, ResponseBody::LocalAddresses).collect();
+                }
+                Err(unsupported) => ResponseBody::Refused(Refusal::from(&unsupported)),
+            },
+            RequestBody::Command(command) => match self.command(command) {
                 Ok(()) => ResponseBody::Done,
                 Err(refusal) => ResponseBody::Refused(refusal),
-            }],
-            RequestBody::List(filter) => self.list(filter),
-            RequestBody::Connections => {
-                chunks(self.conns.iter().map(|c| c.row.clone()).collect(), ResponseBody::Connections)
-            }
-            RequestBody::Timeouts => vec![ResponseBody::Timeouts(self.model.timeouts().into())],
-            RequestBody::Daemons => {
-                let roles = [DaemonRole::Master, DaemonRole::Backup];
-                let rows = roles.into_iter().filter_map(|r| self.model.daemon(r).map(|d| DaemonRow::new(r, d)));
-                vec![ResponseBody::Daemons(rows.collect())]
-            }
-            RequestBody::Drops => vec![ResponseBody::Drops(vec![
+            },
+            RequestBody::Timeouts => ResponseBody::Timeouts(self.model.timeouts().into()),
+            RequestBody::Daemons => ResponseBody::Daemons(api::daemons(&self.model)),
+            RequestBody::Drops => ResponseBody::Drops(vec![
                 api::DropRow { reason: "no destination".into(), packets: 3 },
                 api::DropRow { reason: "malformed".into(), packets: 0 },
-            ])],
-            RequestBody::Stats => vec![ResponseBody::Stats(Box::new(self.stats()))],
-            RequestBody::LocalAddresses(service) => vec![self.local_addresses(service.map(Into::into))],
-            RequestBody::Status => vec![ResponseBody::Status(Box::new(self.status()))],
+            ]),
+            RequestBody::Stats => ResponseBody::Stats(Box::new(self.stats())),
+            RequestBody::Status => ResponseBody::Status(Box::new(self.status())),
         };
-        let last = bodies.len() - 1;
-        bodies.into_iter().enumerate().map(|(i, body)| Response { id, last: i == last, body }).collect()
+        vec![Response::whole(id, body)]
     }
 
     fn command(&mut self, command: &api::Command) -> Result<(), Refusal> {
@@ -166,40 +169,6 @@ impl World {
         self.counted_services.retain(|key, _| !which(key));
     }
 
-    fn list(&self, filter: &Filter) -> Vec<ResponseBody> {
-        let services: Vec<(ServiceKey, &Service)> = match filter {
-            Filter::All => self.model.services_by_age().map(|(key, service)| (*key, service)).collect(),
-            Filter::One(id) => {
-                let key = ServiceKey::from(*id);
-                match self.model.service(&key) {
-                    Some(service) => vec![(key, service)],
-                    None => return vec![ResponseBody::Refused(Refusal::new(Code::NoSuchService, "no such service"))],
-                }
-            }
-        };
-        let mut rows = Vec::new();
-        for (key, service) in services {
-            let stats = self.shown(self.counted_services.get(&key));
-            let spec = (&service.config).into();
-            rows.push(ListRow::Service(ServiceRow { id: key.into(), spec, stats, rates: Rates::default() }));
-            rows.extend(service.dests().map(|dest| ListRow::Dest(self.dest_row(key, dest))));
-        }
-        chunks(rows, ResponseBody::List)
-    }
-
-    fn dest_row(&self, service: ServiceKey, dest: &Dest) -> DestRow {
-        let mine = || self.conns.iter().filter(|c| c.service == service && c.dest == dest.key);
-        let count = |template| u32::try_from(mine().filter(|c| c.row.template == template).count()).unwrap();
-        DestRow {
-            dest: dest.into(),
-            active: 0,
-            inactive: count(false),
-            persistent: count(true),
-            stats: self.shown(self.counted.get(&(service, dest.key))),
-            rates: Rates::default(),
-        }
-    }
-
     fn shown(&self, stats: Option<&Stats>) -> Stats {
         stats.copied().filter(|_| self.estimator_ran).unwrap_or_default()
     }
@@ -210,17 +179,6 @@ impl World {
         let cpus = [Stats::default(), total];
         let cpus = cpus.into_iter().zip(0..).map(|(stats, cpu)| CpuStats { cpu, stats }).collect();
         StatsReport { total, rates: Rates::default(), cpus }
-    }
-
-    fn local_addresses(&self, service: Option<ServiceKey>) -> ResponseBody {
-        if let Err(unsupported) = self.capabilities.check_local_addresses() {
-            return ResponseBody::Refused(Refusal::from(&unsupported));
-        }
-        let services = self.model.services().filter(|(key, _)| service.is_none_or(|s| s == **key));
-        let rows = services.flat_map(|(key, s)| {
-            s.local_addresses.iter().map(|addr| LocalAddressRow { service: (*key).into(), addr: *addr })
-        });
-        ResponseBody::LocalAddresses(rows.collect())
     }
 
     fn status(&self) -> Status {
@@ -294,6 +252,24 @@ impl World {
     }
 }
 
+impl Counters for World {
+    fn service(&self, service: &ServiceKey) -> (Stats, Rates) {
+        (self.shown(self.counted_services.get(service)), Rates::default())
+    }
+
+    fn dest(&self, service: &ServiceKey, dest: &DestKey) -> DestCounters {
+        let mine = || self.conns.iter().filter(|c| c.service == *service && c.dest == *dest);
+        let count = |template| u32::try_from(mine().filter(|c| c.row.template == template).count()).unwrap();
+        DestCounters {
+            active: 0,
+            inactive: count(false),
+            persistent: count(true),
+            stats: self.shown(self.counted.get(&(*service, *dest))),
+            rates: Rates::default(),
+        }
+    }
+}
+
 impl Backend for World {
     fn connect(&mut self) -> Result<(), BackendError> {
         self.answers.clear();
@@ -319,14 +295,6 @@ impl Backend for World {
         assert!(line.len() <= limits::RESPONSE_BYTES_MAX);
         Ok(api::decode_response(line.strip_suffix(b"\n").unwrap()).unwrap())
     }
-}
-
-/// At most [`limits::ROWS_PER_CHUNK`] rows a line; an empty listing is one empty line.
-fn chunks<T: Clone>(rows: Vec<T>, body: fn(Vec<T>) -> ResponseBody) -> Vec<ResponseBody> {
-    if rows.is_empty() {
-        return vec![body(rows)];
-    }
-    rows.chunks(limits::ROWS_PER_CHUNK).map(|chunk| body(chunk.to_vec())).collect()
 }
 
 /// A real server, by the number in its replies: rs3 is 10.0.0.13 and fd00:5::13.

@@ -202,6 +202,96 @@ fn garbage_is_an_error_not_a_panic() {
 }
 
 #[test]
+fn answers_are_cut_into_chunks() {
+    let sizes = |rows: usize| -> Vec<(usize, bool)> {
+        let row = DropRow { reason: "r".into(), packets: 1 };
+        let lines = in_chunks(3, vec![row; rows].into_iter(), ResponseBody::Drops);
+        lines
+            .map(|line| match line.body {
+                ResponseBody::Drops(rows) => (rows.len(), line.last),
+                other => panic!("{other:?}"),
+            })
+            .collect()
+    };
+    let chunk = limits::ROWS_PER_CHUNK;
+    assert_eq!(sizes(0), [(0, true)]);
+    assert_eq!(sizes(1), [(1, true)]);
+    assert_eq!(sizes(chunk), [(chunk, true)]);
+    assert_eq!(sizes(chunk + 1), [(chunk, false), (1, true)]);
+    assert_eq!(sizes(2 * chunk), [(chunk, false), (chunk, true)]);
+}
+
+struct ByWeight;
+
+impl Counters for ByWeight {
+    fn service(&self, service: &model::ServiceKey) -> (Stats, Rates) {
+        let conns = if service.family() == model::Family::V6 { 6 } else { 4 };
+        (Stats { conns, ..Stats::default() }, Rates::default())
+    }
+
+    fn dest(&self, _: &model::ServiceKey, dest: &model::DestKey) -> DestCounters {
+        DestCounters { active: u32::from(dest.port), ..DestCounters::default() }
+    }
+}
+
+struct Anywhere;
+
+impl model::Env for Anywhere {
+    fn is_local(&self, _: IpAddr) -> bool {
+        true
+    }
+
+    fn is_broadcast(&self, _: Ipv4Addr) -> bool {
+        false
+    }
+
+    fn interface_mtu(&self, _: &str) -> Option<u32> {
+        Some(1500)
+    }
+}
+
+#[test]
+fn listings_have_services_by_age_and_dests_newest_first() {
+    let v6 = ServiceId::Virtual { proto: Proto::Udp, addr: "2001:db8::1".parse().unwrap(), port: 53 };
+    let v4 = some_service();
+    let dest = |port| DestSpec {
+        id: DestId { addr: "10.0.0.1".parse().unwrap(), port },
+        forward: Forward::Masq,
+        ..some_dest()
+    };
+    let mut model = model::Model::new();
+    let spec6 = ServiceSpec { granularity: Granularity::PrefixLen(128), ..some_spec() };
+    let daemon = commands().into_iter().find(|c| matches!(c, Command::StartDaemon(_))).unwrap();
+    let local = "10.0.0.9".parse().unwrap();
+    for command in [
+        Command::AddService { service: v6, spec: spec6.clone() },
+        Command::AddService { service: v4, spec: some_spec() },
+        Command::AddDest { service: v4, dest: dest(1) },
+        Command::AddDest { service: v4, dest: dest(2) },
+        Command::AddLocalAddress { service: v4, addr: local },
+        daemon,
+    ] {
+        model.apply(&command.try_into().unwrap(), &Anywhere).unwrap();
+    }
+    let shown = |filter| -> Vec<String> {
+        list(&model, &filter, &ByWeight)
+            .unwrap()
+            .map(|row| match row {
+                ListRow::Service(row) => format!("{:?} {}", row.id.family(), row.stats.conns),
+                ListRow::Dest(row) => format!("{} {}", row.dest.id.port, row.active),
+            })
+            .collect()
+    };
+    assert_eq!(shown(Filter::All), ["V6 6", "V4 4", "2 2", "1 1"]);
+    assert_eq!(shown(Filter::One(v6)), ["V6 6"]);
+    let missing = Filter::One(ServiceId::Fwmark { mark: 1, family: Family::V4 });
+    assert_eq!(list(&model, &missing, &ByWeight).err().unwrap().code, Code::NoSuchService);
+    assert_eq!(daemons(&model).len(), 1);
+    assert_eq!(local_addresses(&model, None).collect::<Vec<_>>(), [LocalAddressRow { service: v4, addr: local }]);
+    assert_eq!(local_addresses(&model, Some(v6.into())).count(), 0);
+}
+
+#[test]
 fn another_version_is_refused_by_value() {
     let mut request = Request::new(1, RequestBody::Status);
     assert_eq!(request.check_version(), Ok(()));

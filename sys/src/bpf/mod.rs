@@ -1,11 +1,13 @@
 //! The data plane in the kernel: its maps (made, sized, pinned, or adopted from pins), its programs, the timer.
 
+mod apply;
 mod conns;
 mod raw;
 
+pub use apply::combine;
 pub use conns::{ConnTable, Flow};
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::maps::{HashMap, MapData, PerCpuArray};
 use aya::programs::{TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
 use rvs_datapath::abi::{self, Clock, Config, Hop, Iface, ServiceKey, map};
@@ -14,6 +16,7 @@ use rvs_datapath::ct::{Family, MIN_BUCKETS, Seed, V4, V6};
 use rvs_datapath::verdict::COUNTERS;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A value of `abi`: integers and byte arrays without padding.
 ///
@@ -26,7 +29,7 @@ macro_rules! plain {
         unsafe impl Plain for $t {}
     )* };
 }
-plain!(u32, u64, Config, Clock, Iface, ServiceKey, Hop);
+plain!(u32, u64, [u64; 16], Config, Clock, Iface, ServiceKey, Hop);
 plain!(abi::Service, abi::ServiceState, abi::ListEntry, abi::Dest, abi::DestInfo, abi::DestState, abi::Stats);
 
 #[repr(transparent)]
@@ -94,20 +97,54 @@ impl Sizes {
     }
 }
 
-/// Typed access to an array map.
-pub struct Table<T: Plain>(Array<MapData, P<T>>, &'static str);
+/// Typed access to an array map, through memory shared with the programs: values are read and written in whole, aligned 8-byte
+/// words, low to high, without a system call.
+pub struct Table<T: Plain> {
+    mapping: raw::Mapping,
+    len: u32,
+    name: &'static str,
+    value: std::marker::PhantomData<T>,
+}
+
 impl<T: Plain> Table<T> {
-    pub fn get(&self, index: u32) -> Result<T> {
-        self.0.get(&index, 0).map(|v| v.0).map_err(failed(format!("map {}, read entry {index}", self.1)))
+    /// Words of a value; the kernel rounds values up to them.
+    const WORDS: usize = size_of::<T>().div_ceil(8);
+
+    fn words(&self, index: u32) -> Result<&[AtomicU64]> {
+        let at = index as usize * Self::WORDS;
+        let words = self.mapping.words().get(at..at + Self::WORDS);
+        words.filter(|_| index < self.len).ok_or_else(|| {
+            BpfError::Refused(format!("map {} has no entry {index}: its size is {}", self.name, self.len))
+        })
     }
-    pub fn set(&mut self, index: u32, value: T) -> Result<()> {
-        self.0.set(index, P(value), 0).map_err(failed(format!("map {}, write entry {index}", self.1)))
+    pub fn get(&self, index: u32) -> Result<T> {
+        let mut bytes = Vec::with_capacity(Self::WORDS * 8);
+        for word in self.words(index)? {
+            bytes.extend(word.load(Ordering::Acquire).to_ne_bytes());
+        }
+        // SAFETY: `bytes` is at least as long as T, and any bytes are a T (Plain).
+        Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+    }
+    pub fn set(&self, index: u32, value: T) -> Result<()> {
+        let mut bytes = vec![0u8; Self::WORDS * 8];
+        // SAFETY: `bytes` is at least as long as T, which has no padding (Plain).
+        unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
+        for (word, new) in self.words(index)?.iter().zip(bytes.chunks_exact(8)) {
+            let new = u64::from_ne_bytes([new[0], new[1], new[2], new[3], new[4], new[5], new[6], new[7]]);
+            word.store(new, Ordering::Release);
+        }
+        Ok(())
+    }
+    /// One word of a value, atomically shared with the programs.
+    pub fn word(&self, index: u32, word: usize) -> Result<&AtomicU64> {
+        let words = self.words(index)?;
+        words.get(word).ok_or_else(|| BpfError::Refused(format!("a value of map {} has no word {word}", self.name)))
     }
     pub fn len(&self) -> u32 {
-        self.0.len()
+        self.len
     }
     pub fn is_empty(&self) -> bool {
-        self.0.len() == 0
+        self.len == 0
     }
 }
 
@@ -124,6 +161,13 @@ impl<T: Plain> PerCpu<T> {
 /// The index of services.
 pub struct Keys(HashMap<MapData, P<ServiceKey>, u64>);
 impl Keys {
+    pub fn get(&self, key: ServiceKey) -> Result<Option<u64>> {
+        match self.0.get(&P(key), 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(aya::maps::MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(failed(format!("map {}, look up", map::SERVICE_KEYS))(error)),
+        }
+    }
     pub fn insert(&mut self, key: ServiceKey, value: u64) -> Result<()> {
         self.0.insert(P(key), value, 0).map_err(failed(format!("map {}, insert", map::SERVICE_KEYS)))
     }
@@ -169,6 +213,19 @@ impl Dataplane {
     /// Adopt the maps pinned in `dir` (on a bpffs), or make them; load `object` over them; start the timer.
     /// Pins of another layout are refused: nothing is changed then.
     pub fn open(object: &[u8], dir: &Path, sizes: &Sizes) -> Result<Dataplane> {
+        let mut dataplane = Dataplane::load(object, dir, sizes, &["rvs_start", "rvs_xdp", "rvs_pass"], &[])?;
+        dataplane.start()?;
+        Ok(dataplane)
+    }
+    /// The same without the timer, so that time stands still, and with the given programs of the object. `own`: maps that only this
+    /// object has, and their sizes; they are pinned too.
+    pub fn load(
+        object: &[u8],
+        dir: &Path,
+        sizes: &Sizes,
+        programs: &[&str],
+        own: &[(&str, u32)],
+    ) -> Result<Dataplane> {
         std::fs::create_dir_all(dir).map_err(failed(format!("pin folder {}", dir.display())))?;
         let fresh = !dir.join(map::CONFIG).exists();
         let (mask4, mask6) = if fresh {
@@ -176,12 +233,11 @@ impl Dataplane {
         } else {
             adopt(dir)?
         };
-        let ebpf = load(object, dir, sizes, mask4, mask6)?;
+        let ebpf = load(object, dir, sizes, own, mask4, mask6)?;
         let mut dataplane = Dataplane { maps: Maps::open(dir, fresh, mask4, mask6)?, ebpf, dir: dir.to_owned(), fresh };
-        for name in ["rvs_start", "rvs_xdp", "rvs_pass"] {
+        for name in programs {
             dataplane.xdp(name)?.load().map_err(failed(format!("program {name}")))?;
         }
-        dataplane.start()?;
         Ok(dataplane)
     }
     pub fn dir(&self) -> &Path {
@@ -193,13 +249,21 @@ impl Dataplane {
         let program = program.ok_or_else(|| BpfError::Refused(format!("the object has no program {name}")))?;
         program.try_into().map_err(failed(format!("program {name}")))
     }
+    /// Run a loaded program on `frame` (which came in by lo), each time on what the last one left of it.
+    /// The duration is the mean, in whole nanoseconds.
+    pub fn test_run(&mut self, program: &str, frame: &[u8], repeat: u32) -> Result<TestRunResult> {
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.repeat = repeat;
+        self.xdp(program)?.test_run(options).map_err(failed(format!("program {program}")))
+    }
+    /// An array map that only this object has.
+    pub fn own_table<T: Plain>(&self, name: &'static str) -> Result<Table<T>> {
+        array(&self.dir, name)
+    }
     /// Let the timer tick with this object's code. It goes on after us.
     fn start(&mut self) -> Result<()> {
-        let program = self.xdp("rvs_start")?;
-        let mut options = TestRunOptions::new();
-        let frame = [0u8; 64];
-        options.data_in = Some(&frame);
-        let done = program.test_run(options).map_err(failed("program rvs_start"))?;
+        let done = self.test_run("rvs_start", &[0; 64], 1)?;
         if done.return_value == 2 {
             return Ok(());
         }
@@ -244,16 +308,21 @@ fn adopt(dir: &Path) -> Result<(u32, u32)> {
     if size as usize != size_of::<Config>() {
         return Err(other(format!("a configuration of {size} bytes")));
     }
-    let config =
-        Table::<Config>(Array::try_from(aya::maps::Map::Array(data)).map_err(failed("map CONFIG"))?, map::CONFIG);
-    let config = config.get(0)?;
+    let config = array::<Config>(dir, map::CONFIG)?.get(0)?;
     if config.version != abi::VERSION {
         return Err(other(format!("layout {:016x}, ours is {:016x}", config.version, abi::VERSION)));
     }
     Ok((config.mask4, config.mask6))
 }
 
-fn load(object: &[u8], dir: &Path, s: &Sizes, mask4: u32, mask6: u32) -> Result<Ebpf> {
+fn load(
+    object: &[u8],
+    dir: &Path,
+    s: &Sizes,
+    own: &[(&str, u32)],
+    mask4: u32,
+    mask6: u32,
+) -> Result<Ebpf> {
     let mut loader = EbpfLoader::new();
     loader.override_global("MASK4", &mask4, true).override_global("MASK6", &mask6, true);
     for (name, size) in [
@@ -270,7 +339,10 @@ fn load(object: &[u8], dir: &Path, s: &Sizes, mask4: u32, mask6: u32) -> Result<
     ] {
         loader.map_max_entries(name, size);
     }
-    for name in ALL {
+    for (name, size) in own {
+        loader.map_max_entries(name, *size);
+    }
+    for name in ALL.iter().chain(own.iter().map(|(name, _)| name)) {
         loader.map_pin_path(name, dir.join(name));
     }
     loader.load(object).map_err(failed("load the data plane"))
@@ -300,7 +372,7 @@ const ALL: [&str; 18] = [
 
 impl Maps {
     fn open(dir: &Path, fresh: bool, mask4: u32, mask6: u32) -> Result<Maps> {
-        let mut config = array::<Config>(dir, map::CONFIG)?;
+        let config = array::<Config>(dir, map::CONFIG)?;
         if fresh {
             let mut seed = Seed::default();
             for word in &mut seed.0 {
@@ -348,8 +420,11 @@ fn open(dir: &Path, name: &str, kind: fn(MapData) -> aya::maps::Map) -> Result<a
     MapData::from_pin(dir.join(name)).map(kind).map_err(failed(format!("pinned map {name}")))
 }
 fn array<T: Plain>(dir: &Path, name: &'static str) -> Result<Table<T>> {
-    let map = Array::try_from(open(dir, name, aya::maps::Map::Array)?);
-    Ok(Table(map.map_err(failed(format!("map {name}")))?, name))
+    let data = MapData::from_pin(dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
+    let len = data.info().map_err(failed(format!("map {name}")))?.max_entries();
+    let bytes = len as usize * Table::<T>::WORDS * 8;
+    let mapping = raw::Mapping::new(data.fd().as_fd(), bytes).map_err(failed(format!("map {name} into memory")))?;
+    Ok(Table { mapping, len, name, value: std::marker::PhantomData })
 }
 fn per_cpu<T: Plain>(dir: &Path, name: &'static str) -> Result<PerCpu<T>> {
     let map = PerCpuArray::try_from(open(dir, name, aya::maps::Map::PerCpuArray)?);

@@ -1,0 +1,803 @@
+//! From a change of the model to writes of the data plane's maps, in order: a dest before the list that names it, a list before the
+//! key that leads to it, removals last. The only maker of [`MapOp`]s.
+//!
+//! The planner knows where everything lies (indexes, runs of `LISTS` and `TABLES`), and nothing else: what is configured is the
+//! model's business, what the words in the maps are meanwhile the data plane's. A [`Step`] is carried out whole by
+//! `rvs_sys`, which undoes it if one write fails; then [`Planner::undo`] takes it back here.
+//!
+//! **What is taken out of use is used again only later**: list runs, tables, hops and service indexes after [`GRACE_MS`]
+//! (packets under way may still read them); a dest's index when no connection names it any more ([`Planner::idle`]). Until
+//! then a dest that is added again, by the same name to the same service, gets its index back, and its connections
+//! flow again (the kernel's trash, `ip_vs_trash_get_dest`).
+
+mod place;
+mod restore;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use rvs_datapath::abi::{self, ListEntry, dest as flag, service as service_flag};
+use rvs_datapath::conn;
+use rvs_datapath::sched::mh;
+
+use crate::lists;
+use crate::model::{
+    Change, Dest, DestKey, Family, FwdMethod, Granularity, Model, Scheduler, Service, ServiceKey, TunnelChecksum,
+    TunnelKind,
+};
+use place::{Indexes, Run, Runs};
+pub use restore::{Dump, DumpedDest, DumpedService, RestoreError};
+
+/// Longer than any packet is under way in the data plane.
+pub const GRACE_MS: u64 = 50;
+
+/// One write. Values of `abi` are whole; the counters' offsets in them are kept as they are in the maps, except where said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MapOp {
+    /// Lead a virtual address to a service, or (`None`) no longer.
+    Key {
+        key: abi::ServiceKey,
+        value: Option<u64>,
+    },
+    /// A service's record. `fresh`: its counters begin at zero.
+    Service {
+        index: u32,
+        value: abi::Service,
+        fresh: bool,
+    },
+    /// Change the list `old` and the machines that go with it, write the new run at `first`, and publish it.
+    List {
+        service: u32,
+        old: Vec<ListEntry>,
+        change: lists::Change,
+        first: u32,
+    },
+    /// A hash scheduler's table, published; empty: none.
+    Table {
+        service: u32,
+        first: u32,
+        places: Vec<u32>,
+    },
+    Dest {
+        index: u32,
+        value: abi::Dest,
+    },
+    DestInfo {
+        index: u32,
+        value: abi::DestInfo,
+    },
+    /// Weight 0, for hash schedulers.
+    Quiesced {
+        index: u32,
+        quiesced: bool,
+    },
+    /// A dest's counters begin to count for a service; `fresh`: its own from zero.
+    StatsIn {
+        service: u32,
+        dest: u32,
+        fresh: bool,
+    },
+    /// ... and no longer do. What they were stays with the service.
+    StatsOut {
+        service: u32,
+        dest: u32,
+    },
+    /// Show the counters of a service and these dests from zero.
+    Zero {
+        service: u32,
+        dests: Vec<u32>,
+    },
+    Hop {
+        index: u32,
+        value: abi::Hop,
+    },
+    /// Timeouts of states, from the ones there are; in seconds: ESTABLISHED, FIN_WAIT, UDP.
+    Timeouts(conn::Timeouts),
+}
+
+/// What can be in the way of a change.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    #[error("no room for another {what}: rvsd was started for {max}")]
+    Full { what: &'static str, max: u32 },
+    #[error(transparent)]
+    List(#[from] lists::ListError),
+}
+
+/// Writes to be carried out all or none.
+#[derive(Debug, Default)]
+pub struct Step {
+    pub ops: Vec<MapOp>,
+    before: Vec<(ServiceKey, Option<Placed>)>,
+    was: Option<Box<Rest>>,
+}
+
+/// How much there may be of everything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    pub services: u32,
+    pub dests: u32,
+    /// Entries of all lists.
+    pub lists: u32,
+    /// Places of all tables.
+    pub tables: u32,
+    pub hops: u32,
+}
+
+/// The way to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Ready.
+    Hop { macs: [u32; 3], ifindex: u32, mtu: u16 },
+    /// This host.
+    Local,
+}
+
+/// A service where it lies.
+#[derive(Clone, Debug)]
+struct Placed {
+    index: u32,
+    record: abi::Service,
+    /// As published: the kernel's order.
+    list: Vec<ListEntry>,
+    run: Run,
+    table: Option<Run>,
+    dests: BTreeMap<DestKey, PlacedDest>,
+}
+
+#[derive(Clone, Debug)]
+struct PlacedDest {
+    index: u32,
+    last_weight: u32,
+    /// Indexes that the dest had with another forwarding method: their connections go on.
+    former: Vec<u32>,
+}
+
+/// A dest's record as it is in the map, and what it is for.
+#[derive(Clone, Copy, Debug)]
+struct Mirror {
+    record: abi::Dest,
+    address: IpAddr,
+}
+
+/// Everything of the planner that is not a service: cheap to copy parts of are copied when a step begins.
+#[derive(Clone, Debug)]
+struct Rest {
+    service_indexes: Indexes,
+    dest_indexes: Indexes,
+    hop_indexes: Indexes,
+    lists: Runs,
+    tables: Runs,
+    trash: BTreeMap<(ServiceKey, DestKey), Trashed>,
+    /// Trashed without a name: found in the maps at start, or of a former method.
+    nameless: BTreeSet<u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Trashed {
+    index: u32,
+    /// `abi::Service::serial` of the service it belonged to.
+    serial: u64,
+    last_weight: u32,
+}
+
+#[derive(Debug)]
+pub struct Planner {
+    services: BTreeMap<ServiceKey, Placed>,
+    dests: BTreeMap<u32, Mirror>,
+    by_address: BTreeMap<IpAddr, BTreeSet<u32>>,
+    hops: BTreeMap<([u32; 3], u32), u32>,
+    ways: BTreeMap<IpAddr, Way>,
+    locals: BTreeSet<IpAddr>,
+    serial: u64,
+    rest: Rest,
+}
+
+impl Planner {
+    pub fn new(c: &Capacity) -> Planner {
+        Planner {
+            services: BTreeMap::new(),
+            dests: BTreeMap::new(),
+            by_address: BTreeMap::new(),
+            hops: BTreeMap::new(),
+            ways: BTreeMap::new(),
+            locals: BTreeSet::new(),
+            serial: 0,
+            rest: Rest {
+                service_indexes: Indexes::new("service", 0, c.services),
+                // 0 is no dest, and no hop.
+                dest_indexes: Indexes::new("real server", 1, c.dests.min(conn::DEST_MAX + 1)),
+                hop_indexes: Indexes::new("next hop", 1, c.hops),
+                lists: Runs::new("list of real servers", c.lists),
+                tables: Runs::new("table of a hash scheduler", c.tables),
+                trash: BTreeMap::new(),
+                nameless: BTreeSet::new(),
+            },
+        }
+    }
+
+    /// The writes for a change that `model` has just seen.
+    ///
+    /// # Errors
+    /// No room; nothing is changed then.
+    pub fn change(&mut self, model: &Model, change: &Change, now_ms: u64) -> Result<Step, PlanError> {
+        let mut step = self.begin();
+        let done = match change {
+            Change::ServiceAdded(key) => self.add_service(model, *key, &mut step),
+            Change::ServiceEdited { key, .. } => self.edit_service(model, *key, now_ms, &mut step),
+            Change::ServiceRemoved { key, .. } => {
+                self.remove_service(*key, now_ms, &mut step);
+                Ok(())
+            }
+            Change::DestAdded { service, dest } => self.add_dest(model, *service, *dest, now_ms, &mut step),
+            Change::DestEdited { service, before } => self.edit_dest(model, *service, before, now_ms, &mut step),
+            Change::DestRemoved { service, was } => self.remove_dest(model, *service, was.dest.key, now_ms, &mut step),
+            Change::Flushed(services) => {
+                services.iter().for_each(|(key, _)| self.remove_service(*key, now_ms, &mut step));
+                Ok(())
+            }
+            Change::Zeroed(one) => {
+                self.zero(*one, &mut step);
+                Ok(())
+            }
+            Change::TimeoutsSet { .. } => {
+                let t = model.timeouts();
+                step.ops.push(MapOp::Timeouts(conn::Timeouts { tcp: t.tcp_s, tcp_fin: t.tcp_fin_s, udp: t.udp_s }));
+                Ok(())
+            }
+            // Places for what the data plane can't do yet; the capability table refuses the commands.
+            Change::DaemonStarted(_)
+            | Change::DaemonStopped { .. }
+            | Change::LocalAddressAdded { .. }
+            | Change::LocalAddressRemoved { .. } => Ok(()),
+        };
+        match done {
+            Ok(()) => Ok(step),
+            Err(error) => {
+                self.undo(step);
+                Err(error)
+            }
+        }
+    }
+
+    /// Take back a step that was not carried out.
+    pub fn undo(&mut self, step: Step) {
+        for (key, placed) in step.before.into_iter().rev() {
+            match placed {
+                Some(placed) => drop(self.services.insert(key, placed)),
+                None => drop(self.services.remove(&key)),
+            }
+        }
+        if let Some(rest) = step.was {
+            self.rest = *rest;
+        }
+        self.remirror();
+    }
+
+    fn begin(&self) -> Step {
+        Step { ops: Vec::new(), before: Vec::new(), was: Some(Box::new(self.rest.clone())) }
+    }
+
+    fn remember(&self, key: ServiceKey, step: &mut Step) {
+        if !step.before.iter().any(|(k, _)| *k == key) {
+            step.before.push((key, self.services.get(&key).cloned()));
+        }
+    }
+
+    /// Dests that no service names any more are forgotten.
+    fn remirror(&mut self) {
+        let mut used: BTreeSet<u32> = self.rest.nameless.clone();
+        used.extend(self.rest.trash.values().map(|t| t.index));
+        for placed in self.services.values() {
+            for d in placed.dests.values() {
+                used.insert(d.index);
+                used.extend(&d.former);
+            }
+        }
+        let gone: Vec<u32> = self.dests.keys().copied().filter(|i| !used.contains(i)).collect();
+        gone.into_iter().for_each(|i| self.forget(i));
+    }
+
+    fn forget(&mut self, index: u32) {
+        if let Some(mirror) = self.dests.remove(&index)
+            && let Some(set) = self.by_address.get_mut(&mirror.address)
+        {
+            set.remove(&index);
+            if set.is_empty() {
+                self.by_address.remove(&mirror.address);
+            }
+        }
+    }
+
+    // ---- services
+
+    fn add_service(&mut self, model: &Model, key: ServiceKey, step: &mut Step) -> Result<(), PlanError> {
+        let Some(service) = model.service(&key) else { return Ok(()) };
+        self.remember(key, step);
+        let index = self.rest.service_indexes.take()?;
+        let run = self.rest.lists.take(1)?;
+        self.serial += 1;
+        let mut record = abi::Service { serial: self.serial, key: abi_key(&key), ..abi::Service::default() };
+        describe(&mut record, service, &key, self.is_local(&key));
+        record.list = u64::from(run.first);
+        step.ops.push(MapOp::Service { index, value: record, fresh: true });
+        step.ops.push(MapOp::List {
+            service: index,
+            old: Vec::new(),
+            change: lists::Change::Scheduler,
+            first: run.first,
+        });
+        step.ops.push(MapOp::Key { key: record.key, value: Some(u64::from(index) | record.serial << 32) });
+        let mut placed = Placed { index, record, list: Vec::new(), run, table: None, dests: BTreeMap::new() };
+        self.retable(&mut placed, service, 0, step)?;
+        self.services.insert(key, placed);
+        Ok(())
+    }
+
+    fn edit_service(&mut self, model: &Model, key: ServiceKey, now_ms: u64, step: &mut Step) -> Result<(), PlanError> {
+        let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
+            return Ok(());
+        };
+        self.remember(key, step);
+        let before = placed.record.scheduler;
+        describe(&mut placed.record, service, &key, self.is_local(&key));
+        step.ops.push(MapOp::Service { index: placed.index, value: placed.record, fresh: false });
+        if placed.record.scheduler != before {
+            // Bound anew: its machine starts from the beginning (ip_vs_bind_scheduler).
+            self.relist(&mut placed, lists::Change::Scheduler, now_ms, step)?;
+        }
+        self.retable(&mut placed, service, now_ms, step)?;
+        self.services.insert(key, placed);
+        Ok(())
+    }
+
+    fn remove_service(&mut self, key: ServiceKey, now_ms: u64, step: &mut Step) {
+        self.remember(key, step);
+        let Some(placed) = self.services.remove(&key) else { return };
+        step.ops.push(MapOp::Key { key: placed.record.key, value: None });
+        for (name, dest) in &placed.dests {
+            self.trash(key, *name, dest, placed.record.serial, step);
+        }
+        self.rest.lists.retire(placed.run, now_ms);
+        if let Some(table) = placed.table {
+            self.rest.tables.retire(table, now_ms);
+        }
+        self.rest.service_indexes.retire(placed.index, now_ms);
+    }
+
+    fn zero(&mut self, one: Option<ServiceKey>, step: &mut Step) {
+        for (_, placed) in self.services.iter().filter(|(key, _)| one.is_none_or(|k| k == **key)) {
+            let dests = placed.dests.values().flat_map(|d| std::iter::once(d.index).chain(d.former.iter().copied()));
+            step.ops.push(MapOp::Zero { service: placed.index, dests: dests.collect() });
+        }
+    }
+
+    // ---- dests
+
+    fn add_dest(
+        &mut self,
+        model: &Model,
+        key: ServiceKey,
+        name: DestKey,
+        now_ms: u64,
+        step: &mut Step,
+    ) -> Result<(), PlanError> {
+        let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
+            return Ok(());
+        };
+        let Some(dest) = service.dest(&name) else { return Ok(()) };
+        self.remember(key, step);
+        let old = self.rest.trash.remove(&(key, name)).filter(|t| self.has_method(t.index, dest));
+        let (index, fresh, before) = match old {
+            Some(t) => (t.index, t.serial != placed.record.serial, Some(t.last_weight)),
+            None => (self.rest.dest_indexes.take()?, true, None),
+        };
+        let last_weight = lists::last_weight(before, dest.weight);
+        self.write_dest(index, dest, placed.index, last_weight, step);
+        step.ops.push(MapOp::StatsIn { service: placed.index, dest: index, fresh });
+        placed.dests.insert(name, PlacedDest { index, last_weight, former: Vec::new() });
+        self.relist(&mut placed, lists::Change::Add { dest: index, weight: dest.weight }, now_ms, step)?;
+        self.retable(&mut placed, service, now_ms, step)?;
+        self.services.insert(key, placed);
+        Ok(())
+    }
+
+    fn edit_dest(
+        &mut self,
+        model: &Model,
+        key: ServiceKey,
+        before: &Dest,
+        now_ms: u64,
+        step: &mut Step,
+    ) -> Result<(), PlanError> {
+        let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
+            return Ok(());
+        };
+        let (Some(dest), Some(mut at)) = (service.dest(&before.key), placed.dests.get(&before.key).cloned()) else {
+            return Ok(());
+        };
+        self.remember(key, step);
+        at.last_weight = lists::last_weight(Some(at.last_weight), dest.weight);
+        if self.has_method(at.index, dest) {
+            self.write_dest(at.index, dest, placed.index, at.last_weight, step);
+            let change = lists::Change::Weight { dest: at.index, weight: dest.weight };
+            self.relist(&mut placed, change, now_ms, step)?;
+        } else {
+            // Another method is for new connections only: they get an index of their own, in the same place.
+            let index = self.rest.dest_indexes.take()?;
+            self.write_dest(index, dest, placed.index, at.last_weight, step);
+            step.ops.push(MapOp::StatsIn { service: placed.index, dest: index, fresh: true });
+            let change = lists::Change::Replace { dest: at.index, with: index, weight: dest.weight };
+            self.relist(&mut placed, change, now_ms, step)?;
+            at.former.push(std::mem::replace(&mut at.index, index));
+        }
+        placed.dests.insert(before.key, at);
+        self.retable(&mut placed, service, now_ms, step)?;
+        self.services.insert(key, placed);
+        Ok(())
+    }
+
+    fn remove_dest(
+        &mut self,
+        model: &Model,
+        key: ServiceKey,
+        name: DestKey,
+        now_ms: u64,
+        step: &mut Step,
+    ) -> Result<(), PlanError> {
+        let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
+            return Ok(());
+        };
+        self.remember(key, step);
+        let Some(dest) = placed.dests.remove(&name) else { return Ok(()) };
+        self.relist(&mut placed, lists::Change::Remove { dest: dest.index }, now_ms, step)?;
+        self.retable(&mut placed, service, now_ms, step)?;
+        for index in std::iter::once(dest.index).chain(dest.former.iter().copied()) {
+            step.ops.push(MapOp::StatsOut { service: placed.index, dest: index });
+        }
+        self.trash(key, name, &dest, placed.record.serial, step);
+        self.services.insert(key, placed);
+        Ok(())
+    }
+
+    /// Its connections stay, and are dropped; the index is kept for it.
+    fn trash(&mut self, key: ServiceKey, name: DestKey, dest: &PlacedDest, serial: u64, step: &mut Step) {
+        for index in std::iter::once(dest.index).chain(dest.former.iter().copied()) {
+            if let Some(mirror) = self.dests.get_mut(&index) {
+                mirror.record.out &= !u64::from(flag::AVAILABLE);
+                step.ops.push(MapOp::Dest { index, value: mirror.record });
+            }
+        }
+        self.rest.nameless.extend(&dest.former);
+        let trashed = Trashed { index: dest.index, serial, last_weight: dest.last_weight };
+        if let Some(other) = self.rest.trash.insert((key, name), trashed) {
+            self.rest.nameless.insert(other.index);
+        }
+    }
+
+    fn has_method(&self, index: u32, dest: &Dest) -> bool {
+        let method = |out: u64| out as u32 & flag::METHOD;
+        self.dests.get(&index).is_some_and(|m| method(m.record.out) == method_bits(dest.method))
+    }
+
+    fn write_dest(&mut self, index: u32, dest: &Dest, service: u32, last_weight: u32, step: &mut Step) {
+        let address = dest.key.addr;
+        let mut record = abi::Dest {
+            out: u64::from(method_bits(dest.method) | flag::AVAILABLE),
+            address: bytes(address),
+            port: dest.key.port,
+            mtu: 0,
+            service,
+        };
+        if address.is_ipv6() {
+            record.out |= u64::from(flag::V6);
+        }
+        self.point(&mut record, address);
+        let tunnel = match dest.method {
+            FwdMethod::Tunnel(t) => u32::from(t.port) | tunnel_kind(t.kind) << 16 | tunnel_checksum(t.checksum) << 24,
+            _ => 0,
+        };
+        let info = abi::DestInfo {
+            weight: dest.weight,
+            last_weight,
+            upper_threshold: dest.upper,
+            lower_threshold: dest.lower,
+            tunnel,
+            ..abi::DestInfo::default()
+        };
+        step.ops.push(MapOp::DestInfo { index, value: info });
+        step.ops.push(MapOp::Quiesced { index, quiesced: dest.weight == 0 });
+        step.ops.push(MapOp::Dest { index, value: record });
+        self.dests.insert(index, Mirror { record, address });
+        self.by_address.entry(address).or_default().insert(index);
+    }
+
+    // ---- lists and tables
+
+    fn relist(
+        &mut self,
+        placed: &mut Placed,
+        change: lists::Change,
+        now_ms: u64,
+        step: &mut Step,
+    ) -> Result<(), PlanError> {
+        let old = std::mem::take(&mut placed.list);
+        let new = lists::List { entries: old.clone(), machines: abi::ServiceState::default() }.after(change)?;
+        let run = self.rest.lists.take(new.entries.len() as u32 + 1)?;
+        self.rest.lists.retire(std::mem::replace(&mut placed.run, run), now_ms);
+        placed.record.list = u64::from(run.first) | (new.entries.len() as u64) << 32;
+        placed.list = new.entries;
+        step.ops.push(MapOp::List { service: placed.index, old, change, first: run.first });
+        Ok(())
+    }
+
+    /// The lookup table, if the scheduler has one.
+    fn retable(
+        &mut self,
+        placed: &mut Placed,
+        service: &Service,
+        now_ms: u64,
+        step: &mut Step,
+    ) -> Result<(), PlanError> {
+        let old = placed.table.take();
+        if service.config.scheduler == Some(Scheduler::Mh) {
+            let run = self.rest.tables.take(mh::SIZE)?;
+            let members: Vec<mh::Member> = service
+                .dests()
+                .filter_map(|d| placed.dests.get(&d.key).map(|p| (d, p)))
+                .map(|(d, p)| mh::Member {
+                    dest: p.index,
+                    address: bytes(d.key.addr),
+                    port: d.key.port,
+                    last_weight: p.last_weight,
+                })
+                .collect();
+            placed.record.table = u64::from(run.first) | u64::from(mh::SIZE) << 32;
+            placed.table = Some(run);
+            let places = lists::mh_table(&members);
+            step.ops.push(MapOp::Table { service: placed.index, first: run.first, places });
+        } else if old.is_some() {
+            placed.record.table = 0;
+            step.ops.push(MapOp::Table { service: placed.index, first: 0, places: Vec::new() });
+        }
+        if let Some(old) = old {
+            self.rest.tables.retire(old, now_ms);
+        }
+        Ok(())
+    }
+
+    // ---- the host
+
+    /// The addresses of this host, as they are now.
+    pub fn locals(&mut self, locals: BTreeSet<IpAddr>) -> Step {
+        self.locals = locals;
+        let mut step = Step::default();
+        for (key, placed) in &mut self.services {
+            let ServiceKey::Virtual { addr, .. } = key else { continue };
+            let flags = placed.record.flags & !service_flag::LOCAL
+                | if self.locals.contains(addr) { service_flag::LOCAL } else { 0 };
+            if flags != placed.record.flags {
+                placed.record.flags = flags;
+                step.ops.push(MapOp::Service { index: placed.index, value: placed.record, fresh: false });
+            }
+        }
+        step
+    }
+
+    fn is_local(&self, key: &ServiceKey) -> bool {
+        matches!(key, ServiceKey::Virtual { addr, .. } if self.locals.contains(addr))
+    }
+
+    /// The addresses to which ways are wanted.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.by_address.keys().copied()
+    }
+
+    /// The ways there are now, to all addresses; an address without one is reached through the kernel's tables, packet by packet.
+    /// If there is no room for all hops, some stay without.
+    pub fn ways(&mut self, ways: BTreeMap<IpAddr, Way>, now_ms: u64) -> Step {
+        self.ways = ways;
+        let mut step = Step::default();
+        let hops_wanted: BTreeSet<_> = self.ways.values().filter_map(hop_key).collect();
+        for key in &hops_wanted {
+            if !self.hops.contains_key(key)
+                && let Ok(index) = self.rest.hop_indexes.take()
+            {
+                self.hops.insert(*key, index);
+                step.ops.push(MapOp::Hop { index, value: abi::Hop { macs: key.0, ifindex: key.1 } });
+            }
+        }
+        let mut dests = std::mem::take(&mut self.dests);
+        for (index, mirror) in &mut dests {
+            let mut record = mirror.record;
+            self.point(&mut record, mirror.address);
+            if record != mirror.record {
+                mirror.record = record;
+                step.ops.push(MapOp::Dest { index: *index, value: record });
+            }
+        }
+        self.dests = dests;
+        let unused: Vec<_> =
+            self.hops.iter().filter(|(k, _)| !hops_wanted.contains(*k)).map(|(k, i)| (*k, *i)).collect();
+        for (key, index) in unused {
+            self.hops.remove(&key);
+            self.rest.hop_indexes.retire(index, now_ms);
+        }
+        step
+    }
+
+    /// Put the way to `address` into a dest's record.
+    fn point(&self, record: &mut abi::Dest, address: IpAddr) {
+        let way = self.ways.get(&address);
+        let hop = way.and_then(hop_key).and_then(|k| self.hops.get(&k)).copied().unwrap_or(0);
+        let local = if way == Some(&Way::Local) { flag::LOCAL } else { 0 };
+        let flags = record.out as u32 & !flag::LOCAL | local;
+        record.out = u64::from(flags) | u64::from(hop) << 32;
+        record.mtu = match way {
+            Some(Way::Hop { mtu, .. }) => *mtu,
+            _ => 0,
+        };
+    }
+
+    // ---- time
+
+    /// Dest indexes that are out of use: the caller looks which of them no connection names, and says so to [`Self::idle`].
+    pub fn trashed(&self) -> impl Iterator<Item = u32> + '_ {
+        let former = self.services.values().flat_map(|p| p.dests.values()).flat_map(|d| d.former.iter().copied());
+        self.rest.trash.values().map(|t| t.index).chain(self.rest.nameless.iter().copied()).chain(former)
+    }
+
+    /// No connection has named these for two full sweeps: their indexes are free. The writes fold the counters of former methods
+    /// into their services.
+    pub fn idle(&mut self, indexes: &BTreeSet<u32>) -> Step {
+        let mut step = Step::default();
+        let mut free: Vec<u32> = self.rest.nameless.intersection(indexes).copied().collect();
+        self.rest.nameless.retain(|i| !indexes.contains(i));
+        self.rest.trash.retain(|_, t| {
+            let keep = !indexes.contains(&t.index);
+            if !keep {
+                free.push(t.index);
+            }
+            keep
+        });
+        for placed in self.services.values_mut() {
+            for dest in placed.dests.values_mut() {
+                dest.former.retain(|i| {
+                    let keep = !indexes.contains(i);
+                    if !keep {
+                        free.push(*i);
+                        step.ops.push(MapOp::StatsOut { service: placed.index, dest: *i });
+                    }
+                    keep
+                });
+            }
+        }
+        for index in free {
+            self.forget(index);
+            step.ops.push(MapOp::Dest { index, value: abi::Dest::default() });
+            self.rest.dest_indexes.give(index);
+        }
+        step
+    }
+
+    /// What was retired more than [`GRACE_MS`] ago may be used again.
+    pub fn tick(&mut self, now_ms: u64) {
+        let until = now_ms.saturating_sub(GRACE_MS);
+        self.rest.service_indexes.reclaim(until);
+        self.rest.dest_indexes.reclaim(until);
+        self.rest.hop_indexes.reclaim(until);
+        self.rest.lists.reclaim(until);
+        self.rest.tables.reclaim(until);
+    }
+
+    // ---- for listings
+
+    /// Index of a service.
+    pub fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        self.services.get(key).map(|p| p.index)
+    }
+
+    /// Indexes of a dest: the one in the list, and those of former methods.
+    pub fn dest_indexes(&self, key: &ServiceKey, dest: &DestKey) -> Option<(u32, &[u32])> {
+        self.services.get(key)?.dests.get(dest).map(|d| (d.index, d.former.as_slice()))
+    }
+
+    /// The address and port that a dest's index stands for.
+    pub fn dest_address(&self, index: u32) -> Option<(IpAddr, u16)> {
+        self.dests.get(&index).map(|m| (m.address, m.record.port))
+    }
+}
+
+fn hop_key(way: &Way) -> Option<([u32; 3], u32)> {
+    match way {
+        Way::Hop { macs, ifindex, .. } => Some((*macs, *ifindex)),
+        Way::Local => None,
+    }
+}
+
+/// An address as `abi` has it.
+pub fn bytes(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(a) => {
+            let mut bytes = [0; 16];
+            bytes[..4].copy_from_slice(&a.octets());
+            bytes
+        }
+        IpAddr::V6(a) => a.octets(),
+    }
+}
+
+fn abi_key(key: &ServiceKey) -> abi::ServiceKey {
+    let family = |f: Family| if f == Family::V4 { 4 } else { 6 };
+    match key {
+        ServiceKey::Virtual { proto, addr, port } => abi::ServiceKey {
+            address: bytes(*addr),
+            port: *port,
+            protocol: proto.number(),
+            family: family(Family::of(addr)),
+        },
+        ServiceKey::Fwmark { mark, family: f } => {
+            let mut address = [0; 16];
+            address[..4].copy_from_slice(&mark.to_ne_bytes());
+            abi::ServiceKey { address, port: 0, protocol: 0, family: family(*f) }
+        }
+    }
+}
+
+/// The settings of a service in its record; list, table and serial stay.
+fn describe(record: &mut abi::Service, service: &Service, key: &ServiceKey, local: bool) {
+    let c = &service.config;
+    let flags = |on: bool, bit: u32| if on { bit } else { 0 };
+    let bits = u32::from(c.sched_flags.bits());
+    record.flags = flags(bits & 1 != 0, service_flag::HASH_FALLBACK)
+        | flags(bits & 2 != 0, service_flag::HASH_PORT)
+        | flags(bits & 4 != 0, service_flag::FLAG_3)
+        | flags(c.one_packet, service_flag::ONE_PACKET)
+        | flags(local, service_flag::LOCAL);
+    record.scheduler = c.scheduler.map_or(0, scheduler_number);
+    record.persistence_s = c.persistence_s.unwrap_or(0);
+    record.netmask = match c.granularity {
+        Granularity::V4(mask) => u32::from_ne_bytes(mask.octets()),
+        Granularity::V6(prefix) => u32::from(prefix),
+    };
+    record.engine = [0; 16];
+    if let Some(engine) = c.engine {
+        let name = engine.name().as_bytes();
+        record.engine[..name.len()].copy_from_slice(name);
+    }
+    record.key = abi_key(key);
+}
+
+/// `rvs_datapath::sched::Kind`.
+fn scheduler_number(s: Scheduler) -> u32 {
+    Scheduler::ALL.iter().position(|x| *x == s).map_or(0, |i| i as u32 + 1)
+}
+
+fn method_bits(method: FwdMethod) -> u32 {
+    match method {
+        FwdMethod::Masq => flag::MASQ,
+        FwdMethod::Local => flag::LOCAL_NODE,
+        FwdMethod::Tunnel(_) => flag::TUNNEL,
+        FwdMethod::Route => flag::ROUTE,
+        FwdMethod::Fullnat => flag::FULLNAT,
+    }
+}
+
+fn tunnel_kind(kind: TunnelKind) -> u32 {
+    match kind {
+        TunnelKind::Ipip => 0,
+        TunnelKind::Gue => 1,
+        TunnelKind::Gre => 2,
+    }
+}
+
+fn tunnel_checksum(checksum: TunnelChecksum) -> u32 {
+    match checksum {
+        TunnelChecksum::None => 0,
+        TunnelChecksum::Csum => 1,
+        TunnelChecksum::Remcsum => 2,
+    }
+}

@@ -1,0 +1,276 @@
+//! All tables in plain memory: the pipeline as it runs over the kernel's maps, for native tests and the simulation.
+
+use super::{MemConns, MemPacket};
+use crate::abi::{
+    self, Config, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState, Stats,
+};
+use crate::conn::{Policy, Timeouts};
+use crate::ct::{MIN_BUCKETS, Seed, V4, V6};
+use crate::packet::Ip;
+use crate::tables::{Machine, Route, Tables, Walker};
+use crate::verdict::{COUNTERS, Verdict};
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering::*};
+
+/// How much there is of everything.
+#[derive(Clone, Copy, Debug)]
+pub struct MemSizes {
+    pub buckets4: u32,
+    pub buckets6: u32,
+    pub services: u32,
+    pub dests: u32,
+    pub lists: u32,
+    pub tables: u32,
+    pub hops: u32,
+}
+
+impl Default for MemSizes {
+    fn default() -> Self {
+        MemSizes {
+            buckets4: MIN_BUCKETS,
+            buckets6: MIN_BUCKETS,
+            services: 64,
+            dests: 256,
+            lists: 1024,
+            tables: 16384,
+            hops: 256,
+        }
+    }
+}
+
+/// What the kernel's routing knows of one destination. No route of it: the kernel's business.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Way {
+    pub route: Route,
+    pub hop: Hop,
+    /// Longer IP packets are the kernel's business.
+    pub mtu: u32,
+}
+
+#[derive(Default)]
+struct StatCells([AtomicU64; 5]);
+
+impl StatCells {
+    fn add(&self, at: usize, n: u64) {
+        self.0[at].fetch_add(n, Relaxed);
+    }
+}
+
+/// The configuration is changed through `&mut self`, as the control plane would; the pipeline runs on `&self`, in any number of threads.
+pub struct MemTables {
+    conns4: MemConns<V4>,
+    conns6: MemConns<V6>,
+    config: Config,
+    pub ifaces: BTreeMap<u32, Iface>,
+    pub service_keys: BTreeMap<ServiceKey, u32>,
+    pub services: Vec<Service>,
+    pub lists: Vec<ListEntry>,
+    pub tables: Vec<u32>,
+    pub hops: Vec<Hop>,
+    /// By address as it lies in the packet.
+    pub routes: BTreeMap<(u8, [u8; 16]), Way>,
+    machines: Vec<[AtomicU64; 2]>,
+    dests: Vec<Dest>,
+    dest_flags: Vec<AtomicU64>,
+    stats: Vec<StatCells>,
+    reply_hops: Vec<OnceLock<Hop>>,
+    verdicts: [AtomicU64; COUNTERS],
+    /// ICMP errors that may still be sent in this second.
+    icmp_left: AtomicU64,
+}
+
+/// Generated ICMP errors a second, as the programs have it.
+const ICMP_PER_S: u64 = 1000;
+
+impl MemTables {
+    pub fn new(sizes: &MemSizes, seed: Seed) -> MemTables {
+        fn filled<T: Default>(n: u32) -> Vec<T> {
+            (0..n).map(|_| T::default()).collect()
+        }
+        let t = Timeouts::default();
+        let config = Config {
+            version: abi::VERSION,
+            seed,
+            policy: Policy::new(&t),
+            mask4: sizes.buckets4 - 1,
+            mask6: sizes.buckets6 - 1,
+            flags: 0,
+            pad: 0,
+            timeouts_s: [t.tcp, t.tcp_fin, t.udp, 0],
+        };
+        MemTables {
+            conns4: MemConns::new(sizes.buckets4, seed, sizes.dests),
+            conns6: MemConns::new(sizes.buckets6, seed, sizes.dests),
+            config,
+            ifaces: BTreeMap::new(),
+            service_keys: BTreeMap::new(),
+            services: filled(sizes.services),
+            lists: filled(sizes.lists),
+            tables: filled(sizes.tables),
+            hops: filled(sizes.hops),
+            routes: BTreeMap::new(),
+            machines: filled(sizes.services),
+            dests: filled(sizes.dests),
+            dest_flags: filled(sizes.dests),
+            stats: filled(sizes.dests),
+            reply_hops: filled(REPLY_HOPS_MAX),
+            verdicts: std::array::from_fn(|_| AtomicU64::new(0)),
+            icmp_left: AtomicU64::new(ICMP_PER_S),
+        }
+    }
+
+    /// One packet through the pipeline, and its verdict counted.
+    pub fn run(&self, p: &mut MemPacket) -> Verdict {
+        let verdict = crate::core::process(p, self);
+        self.verdicts[verdict.counter() as usize].fetch_add(1, Relaxed);
+        verdict
+    }
+
+    /// Seconds of the clock that ages are in.
+    pub fn now_s(&self) -> u32 {
+        self.conns4.now_s.load(Relaxed) as u32
+    }
+    /// Another second: the limit of ICMP errors begins anew.
+    pub fn set_now(&self, now_s: u32) {
+        self.conns4.set_now(now_s);
+        self.conns6.set_now(now_s);
+        self.icmp_left.store(ICMP_PER_S, Relaxed);
+    }
+    /// A full sweep of both tables.
+    pub fn sweep(&self) {
+        self.conns4.sweep();
+        self.conns6.sweep();
+    }
+
+    /// A dest as each packet reads it. `index` is not 0.
+    pub fn set_dest(&mut self, index: u32, dest: Dest) {
+        self.dests[index as usize] = dest;
+        self.conns4.dests.insert(index, (V4::from_bytes(&dest.address), dest.port));
+        self.conns6.dests.insert(index, (V6::from_bytes(&dest.address), dest.port));
+    }
+    /// `DestState::flags`.
+    pub fn set_dest_flags(&self, index: u32, flags: u64) {
+        self.dest_flags[index as usize].store(flags, SeqCst);
+    }
+    pub fn dest_state(&self, index: u32) -> DestState {
+        let (four, six) = (self.conns4.counted(index), self.conns6.counted(index));
+        DestState {
+            active: (four.0 + six.0) as u64,
+            inactive: (four.1 + six.1) as u64,
+            flags: self.dest_flags[index as usize].load(SeqCst),
+            persistent: 0,
+        }
+    }
+    /// ActiveConn and InActConn of a dest as the entries say.
+    pub fn recount(&self, index: u32) -> (i64, i64) {
+        let (four, six) = (self.conns4.recount(index), self.conns6.recount(index));
+        (four.0 + six.0, four.1 + six.1)
+    }
+    pub fn stats(&self, dest: u32) -> Stats {
+        let of = |i: usize| self.stats[dest as usize].0[i].load(Relaxed);
+        Stats { connections: of(0), packets_in: of(1), packets_out: of(2), bytes_in: of(3), bytes_out: of(4) }
+    }
+    pub fn service_state(&self, service: u32) -> ServiceState {
+        let [rr, wrr] = &self.machines[service as usize];
+        ServiceState { rr: rr.load(SeqCst), wrr: wrr.load(SeqCst) }
+    }
+    pub fn set_service_state(&self, service: u32, state: ServiceState) {
+        let [rr, wrr] = &self.machines[service as usize];
+        rr.store(state.rr, SeqCst);
+        wrr.store(state.wrr, SeqCst);
+    }
+    /// Packets of each reason so far, by `Reason as usize`.
+    pub fn verdicts(&self) -> [u64; COUNTERS] {
+        std::array::from_fn(|i| self.verdicts[i].load(Relaxed))
+    }
+}
+
+impl Tables for MemTables {
+    type C4 = MemConns<V4>;
+    type C6 = MemConns<V6>;
+    fn conns4(&self) -> &Self::C4 {
+        &self.conns4
+    }
+    fn conns6(&self) -> &Self::C6 {
+        &self.conns6
+    }
+    fn config(&self) -> &Config {
+        &self.config
+    }
+    fn iface(&self, ifindex: u32) -> Option<&Iface> {
+        self.ifaces.get(&ifindex)
+    }
+    fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        self.service_keys.get(key).copied()
+    }
+    fn service(&self, index: u32) -> Option<&Service> {
+        self.services.get(index as usize)
+    }
+    fn dest(&self, index: u32) -> Option<&Dest> {
+        self.dests.get(index as usize)
+    }
+    fn list(&self, at: u32) -> Option<ListEntry> {
+        self.lists.get(at as usize).copied()
+    }
+    fn table(&self, at: u32) -> Option<u32> {
+        self.tables.get(at as usize).copied().filter(|d| *d != 0)
+    }
+    fn hop(&self, index: u32) -> Option<&Hop> {
+        self.hops.get(index as usize)
+    }
+    fn reply_hop(&self, index: u8) -> Option<&Hop> {
+        self.reply_hops[usize::from(index)].get()
+    }
+    fn keep_reply_hop(&self, hop: &Hop) -> u8 {
+        let place = (1..=u8::MAX).find(|n| self.reply_hops[usize::from(*n)].get_or_init(|| *hop) == hop);
+        place.unwrap_or(0)
+    }
+    fn machine(&self, service: u32, which: Machine) -> u64 {
+        self.machines[service as usize][which as usize].load(SeqCst)
+    }
+    fn advance(&self, service: u32, which: Machine, old: u64, new: u64) -> bool {
+        self.machines[service as usize][which as usize].compare_exchange(old, new, SeqCst, SeqCst).is_ok()
+    }
+    fn overhead(&self, dest: u32) -> u64 {
+        let s = self.dest_state(dest);
+        // Below 0 for an instant counts as 0.
+        let of = |n: u64| if (n as i64) < 0 { 0 } else { n };
+        (of(s.active) << 8).wrapping_add(of(s.inactive))
+    }
+    fn overloaded(&self, dest: u32) -> bool {
+        self.dest_flags.get(dest as usize).is_none_or(|f| f.load(SeqCst) & 1 != 0)
+    }
+    fn available(&self, dest: u32) -> bool {
+        self.dest_flags.get(dest as usize).is_some_and(|f| f.load(SeqCst) & 3 == 0)
+    }
+    fn count_connection(&self, dest: u32) {
+        self.stats[dest as usize].add(0, 1);
+    }
+    fn count_in(&self, dest: u32, bytes: u32) {
+        self.stats[dest as usize].add(1, 1);
+        self.stats[dest as usize].add(3, u64::from(bytes));
+    }
+    fn count_out(&self, dest: u32, bytes: u32) {
+        self.stats[dest as usize].add(2, 1);
+        self.stats[dest as usize].add(4, u64::from(bytes));
+    }
+    fn may_send_icmp(&self) -> bool {
+        self.icmp_left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok()
+    }
+    fn route<I: Ip>(&self, ends: [I::Addr; 2], _protocol: u8, len: u32, hop: &mut Hop) -> Route {
+        let Some(way) = self.routes.get(&(I::FAMILY, I::bytes(ends[1]))) else { return Route::Kernel };
+        *hop = way.hop;
+        match way.route {
+            Route::Hop if len > way.mtu => Route::Kernel,
+            route => route,
+        }
+    }
+    fn walk<W: Walker<Self>>(&self, count: u32, walker: &mut W) {
+        for i in 0..count {
+            if walker.step(self, i) {
+                break;
+            }
+        }
+    }
+}

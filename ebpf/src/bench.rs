@@ -1,0 +1,180 @@
+//! The data plane inside programs that measure it, for `BPF_PROG_TEST_RUN` with repetition (which gives every round the packet as the
+//! last one left it): each gives the packet a flow, runs, puts the bytes back and counts the outcome. What a `base` program takes is
+//! what all of that costs, to be subtracted. `lru` programs are the measure of comparison: the kernel's own LRU hash.
+#![no_std]
+#![no_main]
+#![feature(core_intrinsics, asm_experimental_arch, adt_const_params)]
+#![allow(internal_features, reason = "atomic compare-and-swap has no other way on this target")]
+
+mod calls;
+mod ctx;
+mod maps;
+mod stages;
+mod timer;
+mod words;
+
+use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_PASS, XDP_TX};
+use aya_ebpf::btf_maps::{Array, LruHashMap};
+use aya_ebpf::helpers::bpf_loop;
+use aya_ebpf::macros::{btf_map, xdp};
+use aya_ebpf::programs::XdpContext;
+use core::ffi::c_void;
+use rvs_datapath::ct::{Buckets, V4, V6};
+use rvs_datapath::packet::Ip;
+
+/// What the loader sets, and what it reads; words by number.
+#[btf_map]
+static BENCH: Array<[u64; 16], 1> = Array::new();
+/// Flows are numbered by a generator `x = x * MUL + ADD`, the flow being `x >> SHIFT & MASK`: one after the other, or at random.
+const X: usize = 0;
+const MUL: usize = 1;
+const ADD: usize = 2;
+const SHIFT: usize = 3;
+const MASK: usize = 4;
+/// Not 0: the packet is a reply, from one of the eight servers that follow this address (its last 32 bits).
+const SERVERS: usize = 5;
+/// Rounds by XDP code, from here on.
+const COUNTS: usize = 8;
+
+/// Last 32 bits of the first client's address: 10.0.0.0. Each has 64 ports.
+const CLIENTS: u32 = 0x0a00_0000;
+const PORTS: u64 = 64;
+const FIRST_PORT: u16 = 0x8000;
+
+/// Full maps of the sizes that the loader gives. Source and destination address, ports, protocol.
+#[btf_map]
+static LRU4: LruHashMap<[u64; 2], [u64; 2], 1024> = LruHashMap::new();
+#[btf_map]
+static LRU6: LruHashMap<[u64; 5], [u64; 2], 1024> = LruHashMap::new();
+
+/// Words of the packet that a rewrite may change: Ethernet, IP and TCP header.
+const WORDS_MAX: usize = words_of::<V6>();
+const fn words_of<I: Ip>() -> usize {
+    (I::L4 + 20).div_ceil(8)
+}
+
+/// The packet, if it has all the words.
+#[inline(always)]
+fn packet<I: Ip>(ctx: &XdpContext) -> Option<*mut u8> {
+    (ctx.data() + 8 * words_of::<I>() <= ctx.data_end()).then_some(ctx.data() as *mut u8)
+}
+
+#[inline(always)]
+fn with_flow<I: Ip>(ctx: &XdpContext, f: impl FnOnce() -> u32) -> u32 {
+    let (Some(b), Some(p)) = (BENCH.get_ptr_mut(0), packet::<I>(ctx)) else { return XDP_ABORTED };
+    let b = b as *mut u64;
+    let mut saved = [0; WORDS_MAX];
+    // SAFETY: fields of a map's value, which only the loader writes too; bytes of the packet, checked above. Volatile: LLVM must not
+    // see that bytes put back are the same.
+    unsafe {
+        let x =
+            b.add(X).read_volatile().wrapping_mul(b.add(MUL).read_volatile()).wrapping_add(b.add(ADD).read_volatile());
+        b.add(X).write_volatile(x);
+        let flow = x >> (b.add(SHIFT).read_volatile() & 63) & b.add(MASK).read_volatile();
+        let mut i = 0;
+        while i < words_of::<I>() {
+            saved[i] = (p as *const u64).add(i).read_volatile();
+            i += 1;
+        }
+        let (client, port) = (CLIENTS + (flow / PORTS) as u32, FIRST_PORT | (flow % PORTS) as u16);
+        let last = I::DESTINATION - I::SOURCE - 4;
+        let servers = b.add(SERVERS).read_volatile() as u32;
+        if servers == 0 {
+            (p.add(I::SOURCE + last) as *mut u32).write_volatile(client.to_be());
+            (p.add(I::L4) as *mut u16).write_volatile(port.to_be());
+        } else {
+            (p.add(I::SOURCE + last) as *mut u32).write_volatile((servers + (flow & 7) as u32).to_be());
+            (p.add(I::DESTINATION + last) as *mut u32).write_volatile(client.to_be());
+            (p.add(I::L4 + 2) as *mut u16).write_volatile(port.to_be());
+        }
+        let code = f();
+        // The program may have moved the packet, for all the verifier knows.
+        let Some(p) = packet::<I>(ctx) else { return XDP_ABORTED };
+        let mut i = 0;
+        while i < words_of::<I>() {
+            (p as *mut u64).add(i).write_volatile(saved[i]);
+            i += 1;
+        }
+        let count = b.add(COUNTS + (code & 7) as usize);
+        count.write_volatile(count.read_volatile() + 1);
+        code
+    }
+}
+
+#[inline(always)]
+fn key4(ctx: &XdpContext) -> Option<[u64; 2]> {
+    let p = packet::<V4>(ctx)?;
+    // SAFETY: checked.
+    unsafe {
+        Some([(p.add(V4::SOURCE) as *const u64).read_volatile(), (p.add(V4::L4) as *const u32).read_volatile() as u64])
+    }
+}
+#[inline(always)]
+fn key6(ctx: &XdpContext) -> Option<[u64; 5]> {
+    let p = packet::<V6>(ctx)?;
+    // SAFETY: checked.
+    unsafe {
+        let a = p.add(V6::SOURCE) as *const u64;
+        let ports = (p.add(V6::L4) as *const u32).read_volatile() as u64;
+        Some([a.read_volatile(), a.add(1).read_volatile(), a.add(2).read_volatile(), a.add(3).read_volatile(), ports])
+    }
+}
+
+/// Does nothing: what the kernel's harness costs.
+#[xdp]
+pub fn bench_nop(_: XdpContext) -> u32 {
+    XDP_PASS
+}
+
+macro_rules! programs {
+    ($ip:ty, $key:ident, $lru:ident, $table:path, $sweep:path,
+     $base:ident, $run:ident, $get:ident, $put:ident, $sweep_all:ident) => {
+        #[xdp]
+        pub fn $base(ctx: XdpContext) -> u32 {
+            with_flow::<$ip>(&ctx, || XDP_TX)
+        }
+        #[xdp]
+        pub fn $run(ctx: XdpContext) -> u32 {
+            with_flow::<$ip>(&ctx, || stages::run(&ctx))
+        }
+        /// XDP_TX if it is there.
+        #[xdp]
+        pub fn $get(ctx: XdpContext) -> u32 {
+            with_flow::<$ip>(&ctx, || {
+                let Some(key) = $key(&ctx) else { return XDP_ABORTED };
+                // SAFETY: nobody else writes it meanwhile.
+                let value = unsafe { $lru.get(&key) };
+                value.map_or(XDP_PASS, |v| if v[0] == u64::MAX { XDP_ABORTED } else { XDP_TX })
+            })
+        }
+        /// XDP_TX if it is in.
+        #[xdp]
+        pub fn $put(ctx: XdpContext) -> u32 {
+            with_flow::<$ip>(&ctx, || {
+                let Some(key) = $key(&ctx) else { return XDP_ABORTED };
+                if $lru.insert(&key, &[1, 0], 0).is_ok() { XDP_TX } else { XDP_PASS }
+            })
+        }
+        /// A whole sweep. XDP_TX if it came to its end.
+        #[xdp]
+        pub fn $sweep_all(_: XdpContext) -> u32 {
+            let Some(t) = $table() else { return XDP_ABORTED };
+            let (buckets, mut from) = (t.mask() + 1, 0u32);
+            // SAFETY: the callback gets back the pointer given here.
+            let done = unsafe { bpf_loop(buckets, $sweep as *mut c_void, &raw mut from as *mut c_void, 0) };
+            if done == buckets as i64 { XDP_TX } else { XDP_PASS }
+        }
+    };
+}
+programs!(V4, key4, LRU4, maps::table4, timer::sweep4, bench_base4, bench_run4, bench_get4, bench_put4, bench_sweep4);
+programs!(V6, key6, LRU6, maps::table6, timer::sweep6, bench_base6, bench_run6, bench_get6, bench_put6, bench_sweep6);
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    // Never reached: the verifier refuses a program that could loop.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,241 @@
+//! Carrying out the planner's writes, all or none; and reading back what there is.
+
+use rvs_control::lists;
+use rvs_control::plan::{Dump, DumpedDest, DumpedService, MapOp};
+use rvs_datapath::abi::{self, Config, ServiceState, Stats};
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+
+use super::{BpfError, Maps, Result};
+
+/// How to take back one write.
+enum Undo {
+    Key(abi::ServiceKey, Option<u64>),
+    Service(u32, abi::Service),
+    State(u32, ServiceState),
+    Dest(u32, abi::Dest),
+    Info(u32, abi::DestInfo),
+    Quiesced(u32, bool),
+    Hop(u32, abi::Hop),
+    Config(Box<Config>),
+}
+
+/// Word of `abi::Service` that publishes its list, and the one of its table.
+const LIST: usize = 0;
+const TABLE: usize = 1;
+/// Word of `abi::DestState` with its flags; bit 1: weight 0.
+const FLAGS: usize = 2;
+const QUIESCED: u64 = 2;
+
+impl Maps {
+    /// Carry out all writes, or none.
+    ///
+    /// # Errors
+    /// The write that failed; those before it have been taken back.
+    pub fn apply(&mut self, ops: &[MapOp]) -> Result<()> {
+        let mut undo = Vec::new();
+        for op in ops {
+            if let Err(error) = self.write(op, &mut undo) {
+                for u in undo.into_iter().rev() {
+                    // What was written a moment ago can be written again.
+                    let _ = self.take_back(u);
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, op: &MapOp, undo: &mut Vec<Undo>) -> Result<()> {
+        match op {
+            MapOp::Key { key, value } => {
+                let before = self.keys.get(*key)?;
+                match value {
+                    Some(value) => self.keys.insert(*key, *value)?,
+                    None if before.is_some() => self.keys.remove(*key)?,
+                    None => {}
+                }
+                undo.push(Undo::Key(*key, before));
+            }
+            MapOp::Service { index, value, fresh } => {
+                let before = self.services.get(*index)?;
+                let offset = if *fresh { Stats::default() } else { before.offset };
+                self.services.set(*index, abi::Service { offset, ..*value })?;
+                undo.push(Undo::Service(*index, before));
+            }
+            MapOp::List { service, old, change, first } => self.list(*service, old, *change, *first, undo)?,
+            MapOp::Table { service, first, places } => {
+                for (i, place) in places.iter().enumerate() {
+                    self.tables.set(first + i as u32, *place)?;
+                }
+                undo.push(Undo::Service(*service, self.services.get(*service)?));
+                let word = u64::from(*first) | (places.len() as u64) << 32;
+                self.services.word(*service, TABLE)?.store(word, Ordering::Release);
+            }
+            MapOp::Dest { index, value } => {
+                undo.push(Undo::Dest(*index, self.dests.get(*index)?));
+                self.dests.set(*index, *value)?;
+            }
+            MapOp::DestInfo { index, value } => {
+                let before = self.dest_info.get(*index)?;
+                self.dest_info.set(*index, abi::DestInfo { offset: before.offset, ..*value })?;
+                undo.push(Undo::Info(*index, before));
+            }
+            MapOp::Quiesced { index, quiesced } => {
+                let before = self.quiesce(*index, *quiesced)?;
+                undo.push(Undo::Quiesced(*index, before));
+            }
+            MapOp::StatsIn { service, dest, fresh } => {
+                let (raw, info) = (self.raw_stats(*dest)?, self.dest_info.get(*dest)?);
+                self.offset(*service, undo, |offset| combine(offset, raw, u64::wrapping_sub))?;
+                if *fresh {
+                    undo.push(Undo::Info(*dest, info));
+                    self.dest_info.set(*dest, abi::DestInfo { offset: raw, ..info })?;
+                }
+            }
+            MapOp::StatsOut { service, dest } => {
+                let raw = self.raw_stats(*dest)?;
+                self.offset(*service, undo, |offset| combine(offset, raw, u64::wrapping_add))?;
+            }
+            MapOp::Zero { service, dests } => self.zero(*service, dests, undo)?,
+            MapOp::Hop { index, value } => {
+                undo.push(Undo::Hop(*index, self.hops.get(*index)?));
+                self.hops.set(*index, *value)?;
+            }
+            MapOp::Timeouts(t) => {
+                let before = self.config.get(0)?;
+                let after =
+                    Config { policy: before.policy.changed(t), timeouts_s: [t.tcp, t.tcp_fin, t.udp, 0], ..before };
+                undo.push(Undo::Config(Box::new(before)));
+                self.config.set(0, after)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The run first, then the list word, then the machines.
+    fn list(
+        &mut self,
+        service: u32,
+        old: &[abi::ListEntry],
+        change: lists::Change,
+        first: u32,
+        undo: &mut Vec<Undo>,
+    ) -> Result<()> {
+        let machines = self.service_state.get(service)?;
+        let after = lists::List { entries: old.to_vec(), machines }
+            .after(change)
+            .map_err(|e| BpfError::Refused(format!("list of service {service}: {e}")))?;
+        for (i, entry) in after.run().iter().enumerate() {
+            self.lists.set(first + i as u32, *entry)?;
+        }
+        undo.push(Undo::Service(service, self.services.get(service)?));
+        undo.push(Undo::State(service, machines));
+        let word = u64::from(first) | (after.entries.len() as u64) << 32;
+        self.services.word(service, LIST)?.store(word, Ordering::Release);
+        self.service_state.set(service, after.machines)
+    }
+
+    fn offset(&mut self, service: u32, undo: &mut Vec<Undo>, f: impl Fn(Stats) -> Stats) -> Result<()> {
+        let before = self.services.get(service)?;
+        self.services.set(service, abi::Service { offset: f(before.offset), ..before })?;
+        undo.push(Undo::Service(service, before));
+        Ok(())
+    }
+
+    fn zero(&mut self, service: u32, dests: &[u32], undo: &mut Vec<Undo>) -> Result<()> {
+        let mut sum = Stats::default();
+        for dest in dests {
+            let (raw, info) = (self.raw_stats(*dest)?, self.dest_info.get(*dest)?);
+            sum = combine(sum, raw, u64::wrapping_add);
+            undo.push(Undo::Info(*dest, info));
+            self.dest_info.set(*dest, abi::DestInfo { offset: raw, ..info })?;
+        }
+        self.offset(service, undo, |_| combine(Stats::default(), sum, u64::wrapping_sub))
+    }
+
+    fn quiesce(&mut self, index: u32, quiesced: bool) -> Result<bool> {
+        let word = self.dest_state.word(index, FLAGS)?;
+        let before = if quiesced {
+            word.fetch_or(QUIESCED, Ordering::AcqRel)
+        } else {
+            word.fetch_and(!QUIESCED, Ordering::AcqRel)
+        };
+        Ok(before & QUIESCED != 0)
+    }
+
+    fn take_back(&mut self, undo: Undo) -> Result<()> {
+        match undo {
+            Undo::Key(key, Some(value)) => self.keys.insert(key, value),
+            Undo::Key(key, None) => self.keys.remove(key),
+            Undo::Service(index, value) => self.services.set(index, value),
+            Undo::State(index, value) => self.service_state.set(index, value),
+            Undo::Dest(index, value) => self.dests.set(index, value),
+            Undo::Info(index, value) => self.dest_info.set(index, value),
+            Undo::Quiesced(index, before) => self.quiesce(index, before).map(|_| ()),
+            Undo::Hop(index, value) => self.hops.set(index, value),
+            Undo::Config(value) => self.config.set(0, *value),
+        }
+    }
+
+    /// A dest's counters of all CPUs together, without its offset.
+    fn raw_stats(&self, dest: u32) -> Result<Stats> {
+        let cpus = self.dest_stats.get(dest)?;
+        Ok(cpus.into_iter().fold(Stats::default(), |sum, cpu| combine(sum, cpu, u64::wrapping_add)))
+    }
+
+    /// A dest's counters as shown, and what it adds to its service's.
+    pub fn stats_of_dest(&self, dest: u32) -> Result<(Stats, Stats)> {
+        let (raw, info) = (self.raw_stats(dest)?, self.dest_info.get(dest)?);
+        Ok((combine(raw, info.offset, u64::wrapping_sub), raw))
+    }
+
+    /// A service's counters: the sum of what its dests add, with its offset.
+    pub fn stats_of_service(&self, service: u32, sum: Stats) -> Result<Stats> {
+        Ok(combine(sum, self.services.get(service)?.offset, u64::wrapping_add))
+    }
+
+    /// ActiveConn, InActConn and persistent connections of a dest.
+    pub fn connections_of(&self, dest: u32) -> Result<[u32; 3]> {
+        let s = self.dest_state.get(dest)?;
+        Ok([s.active, s.inactive, s.persistent].map(|n| u32::try_from((n as i64).max(0)).unwrap_or(u32::MAX)))
+    }
+
+    /// What the maps hold, for the control plane to take over.
+    pub fn dump(&self) -> Result<Dump> {
+        let mut dump = Dump::default();
+        for entry in self.keys.iter() {
+            let index = entry?.1 as u32;
+            let record = self.services.get(index)?;
+            let (first, count) = (record.list as u32, (record.list >> 32) as u32);
+            let list = (1..=count).map(|i| self.lists.get(first.wrapping_add(i))).collect::<Result<_>>()?;
+            dump.services.push(DumpedService { index, record, list });
+        }
+        let mut hops = BTreeSet::new();
+        for index in 1..self.dests.len() {
+            let record = self.dests.get(index)?;
+            if record != abi::Dest::default() {
+                dump.dests.push(DumpedDest { index, record, info: self.dest_info.get(index)? });
+                hops.insert((record.out >> 32) as u32);
+            }
+        }
+        hops.remove(&0);
+        for index in hops {
+            dump.hops.push((index, self.hops.get(index)?));
+        }
+        let config = self.config.get(0)?;
+        dump.timeouts_s = [config.timeouts_s[0], config.timeouts_s[1], config.timeouts_s[2]];
+        Ok(dump)
+    }
+}
+
+/// Field by field.
+pub fn combine(a: Stats, b: Stats, f: fn(u64, u64) -> u64) -> Stats {
+    Stats {
+        connections: f(a.connections, b.connections),
+        packets_in: f(a.packets_in, b.packets_in),
+        packets_out: f(a.packets_out, b.packets_out),
+        bytes_in: f(a.bytes_in, b.bytes_in),
+        bytes_out: f(a.bytes_out, b.bytes_out),
+    }
+}
