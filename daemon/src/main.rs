@@ -1,1 +1,195 @@
-fn main() {}
+//! rvsd: the director. A thin shell: it opens the data plane, reads the network, and lets clients of the control socket change what is
+//! served. Everything that decides is in `rvs_control`; everything that forwards is in the kernel, and goes on without this process.
+#![forbid(unsafe_code)]
+
+mod answer;
+mod director;
+mod network;
+mod options;
+mod rates;
+mod socket;
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use clap::Parser;
+use nix::fcntl::{Flock, FlockArg};
+use rvs_control::firewall::{Rules, Vip};
+use rvs_control::model::ServiceKey;
+use rvs_sys::bpf::{Dataplane, OBJECT};
+use rvs_sys::netlink::Netlink;
+use rvs_sys::netns::{self, Lasting};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+use director::{Director, shown};
+use options::Options;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    log_to_stderr(options.log_json);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done = match runtime {
+        Ok(runtime) => tokio::task::LocalSet::new().block_on(&runtime, run(options)),
+        Err(error) => Err(format!("no event loop: {error}")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("rvsd: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log_to_stderr(json: bool) {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("RVS_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    // A second subscriber is an error only in tests, which have their own.
+    let _ = if json { log.json().try_init() } else { log.try_init() };
+}
+
+async fn run(options: Options) -> Result<(), String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err("must be run as root (it loads BPF programs and reads netlink)".to_owned());
+    }
+    let namespace = netns::current().map_err(|e| shown(&e))?;
+    let pin = options.pin.clone().unwrap_or_else(|| Path::new("/run/rvs").join(namespace.folder()).join("bpf"));
+    let _lock = lock(&pin)?;
+    let lasting = netns::ensure_bpffs(&pin).map_err(|e| shown(&e))?;
+    let dataplane = Dataplane::open(OBJECT, &pin, &options.sizes()).map_err(|e| shown(&e))?;
+    let adopted = !dataplane.fresh;
+    let mut director = Director::new(dataplane).map_err(|e| shown(&e))?;
+    if lasting == Lasting::No {
+        let warning = format!(
+            "{} is mounted in this process's private mount namespace (ip netns exec makes one): the data plane ends with it. Use nsenter --net, or mount a bpffs there beforehand",
+            pin.display()
+        );
+        tracing::warn!("{warning}");
+        director.warnings.insert(warning);
+    }
+    let director = Rc::new(RefCell::new(director));
+    let net = Netlink::open().map_err(|e| shown(&e))?;
+    let mut network = network::Network::new(net, director.clone(), options.interfaces.clone());
+    network.start().await?;
+    let listener = socket::listen(&options.socket)
+        .map_err(|e| format!("control socket {}: {e}", options.socket.display()))?;
+    let changed = Rc::new(Notify::new());
+    let checked = Rc::new(Notify::new());
+    tokio::task::spawn_local(socket::serve(listener, director.clone(), changed.clone()));
+    tokio::task::spawn_local(network.follow(changed.clone()));
+    tokio::task::spawn_local(ticks(director.clone(), checked.clone()));
+    tokio::task::spawn_local(firewall(director.clone(), checked));
+    ready(&options.socket, &pin, &director.borrow(), adopted);
+    stopped().await?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let _ = std::fs::remove_file(&options.socket);
+    if options.teardown {
+        director.borrow_mut().dataplane.teardown().map_err(|e| shown(&e))?;
+        tracing::info!("the data plane is down");
+    } else {
+        tracing::info!("stopped; the data plane goes on");
+    }
+    Ok(())
+}
+
+/// One rvsd for a pin folder.
+fn lock(pin: &Path) -> Result<Flock<File>, String> {
+    let path: PathBuf = pin.with_extension("lock");
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(|e| format!("folder {}: {e}", folder.display()))?;
+    }
+    let file = File::create(&path).map_err(|e| format!("lock file {}: {e}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, e)| format!("another rvsd holds {} ({e}): one rvsd for a pin folder", path.display()))
+}
+
+fn ready(socket: &Path, pin: &Path, d: &Director, adopted: bool) {
+    let interfaces: Vec<String> = d.interfaces.iter().map(|(name, how)| format!("{name}={how}")).collect();
+    let line = format!(
+        "rvsd: ready socket={} pin={} interfaces={} services={}{}",
+        socket.display(),
+        pin.display(),
+        if interfaces.is_empty() { "none".to_owned() } else { interfaces.join(",") },
+        d.model.service_count(),
+        if adopted { " (took over a running data plane)" } else { "" },
+    );
+    println!("{line}");
+    let _ = std::io::stdout().flush();
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+}
+
+/// What has to be done from time to time.
+async fn ticks(director: Rc<RefCell<Director>>, checked: Rc<Notify>) {
+    let mut second = tokio::time::interval(Duration::from_secs(1));
+    second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut n = 0u64;
+    loop {
+        second.tick().await;
+        let mut d = director.borrow_mut();
+        if let Err(error) = d.tick() {
+            tracing::warn!(error = %shown(&error), "tick");
+        }
+        if n.is_multiple_of(rates::TICK.as_secs()) {
+            let all = answer::Counted(&d).all();
+            d.estimator.tick(all.into_iter());
+        }
+        if n.is_multiple_of(10) {
+            checked.notify_one();
+        }
+        n += 1;
+    }
+}
+
+/// Warn of firewall rules that XDP goes past. Reading them runs commands: beside the event loop, when asked.
+async fn firewall(director: Rc<RefCell<Director>>, asked: Rc<Notify>) {
+    loop {
+        asked.notified().await;
+        let vips: Vec<Vip> = director
+            .borrow()
+            .model
+            .services()
+            .filter_map(|(key, _)| match key {
+                ServiceKey::Virtual { proto, addr, port } => {
+                    Some(Vip { addr: *addr, proto: proto.number(), port: *port })
+                }
+                ServiceKey::Fwmark { .. } => None,
+            })
+            .collect();
+        if vips.is_empty() {
+            continue;
+        }
+        let found = tokio::task::spawn_blocking(move || {
+            let (readings, errors) = rvs_sys::firewall::readings();
+            let (rules, unreadable) = Rules::read(&readings);
+            let mut lines: Vec<String> = rules.warnings(&vips).iter().map(ToString::to_string).collect();
+            lines.extend(errors.iter().map(|e| shown(e)));
+            lines.extend(unreadable.iter().map(|e| shown(e)));
+            lines
+        });
+        let Ok(lines) = found.await else { continue };
+        let mut d = director.borrow_mut();
+        for line in lines {
+            if d.warnings.insert(line.clone()) {
+                tracing::warn!("{line}");
+            }
+        }
+    }
+}
+
+async fn stopped() -> Result<(), String> {
+    let say = |e: std::io::Error| format!("signals: {e}");
+    let mut terminate = signal(SignalKind::terminate()).map_err(say)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(say)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

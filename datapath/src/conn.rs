@@ -505,6 +505,12 @@ fn slot_of(place: Place) -> Slot {
     place & (SLOTS_MAX - 1)
 }
 
+/// The dest of the forward entry there.
+#[inline(always)]
+pub fn dest_at<F: Addressing, C: Conns<F> + ?Sized>(c: &C, place: Place) -> u32 {
+    dest(ct::peek::<F, _>(c.table(), slot_of(place)).control)
+}
+
 /// The second step for NAT: the reverse entry of the forward one at `place`. If something is in the way, that is [`make_way`]'s
 /// business; if there is no room for it, [`give_up`]'s.
 #[inline(always)]

@@ -79,7 +79,7 @@ pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Sta
         Stage::Retire => retire(I::conns(t), &flow),
         Stage::First => first(t, &flow),
         Stage::Enter => enter(t, &flow, number),
-        Stage::Link => link(I::conns(t), &flow, number),
+        Stage::Link => link(t, &flow, number),
         Stage::MakeWay => make_way(I::conns(t), &flow, number),
         Stage::GiveUp => {
             conn::give_up::<I, _>(I::conns(t), &flow.key, number);
@@ -185,17 +185,23 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     let linked = d.out as u32 & dest::METHOD == dest::MASQ;
     let done = conn::open_forward::<I, _>(I::conns(t), &flow.key, dest, tcp::NONE, linked);
     if done.is_new() {
+        if linked {
+            return Verdict::go(Stage::Link, done.slot());
+        }
         t.count_connection(dest);
-        return if linked { Verdict::go(Stage::Link, done.slot()) } else { Verdict::go(Stage::Whole, 0) };
+        return Verdict::go(Stage::Whole, 0);
     }
     // Another CPU was faster, or all is full.
     if done.is_there() { Verdict::go(Stage::Whole, 0) } else { drop(Reason::TableFull) }
 }
 
 #[inline(always)]
-fn link<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdict {
+fn link<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
+    let c = I::conns(t);
     let done = conn::link::<I, _>(c, &flow.key, place);
     if done.is_new() {
+        // Not before: a flow that is given up for its reply tuple was no connection.
+        t.count_connection(conn::dest_at(c, place));
         Verdict::go(Stage::Whole, 0)
     } else if done.is_there() {
         Verdict::go(Stage::MakeWay, place)
@@ -235,9 +241,10 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
         0 => t.route::<I>([flow.source(), address], flow.protocol(), flow.len, &mut hop),
         _ => Route::Hop,
     };
+    let resolve = route == Route::NoNeighbour && t.resolves();
     if masq {
         let port = if d.port == 0 { flow.key.dport() } else { d.port };
-        let ready = route == Route::Hop;
+        let ready = route == Route::Hop || resolve;
         if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, ready) {
             return drop(Reason::Internal);
         }
@@ -249,6 +256,12 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
                 return drop(Reason::Internal);
             }
             xmit::send(p, &hop, Reason::Route)
+        }
+        Route::NoNeighbour if resolve => {
+            if !masq && !xmit::count_down::<I, P>(p) {
+                return drop(Reason::Internal);
+            }
+            Verdict::resolve(hop.ifindex, if masq { Reason::Masq } else { Reason::Route })
         }
         // The kernel resolves the neighbour and forwards: the packet is addressed to the real server already.
         _ if masq => Verdict::new(Action::Up, Reason::ByKernel),
@@ -283,10 +296,7 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
     if flow.ttl <= 1 {
         return pass(Reason::ReplyTtl);
     }
-    let words = I::words(reply.client, reply.virtual_address);
-    let control = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step(flow, state, Way::Output));
-    let control = control.unwrap_or(reply.forward.control);
-    t.count_out(conn::dest(control), flow.len);
+    let control = replied(t, c, flow, reply);
     // The way to the client is looked up once a second for a busy flow, and then remembered by the reverse entry.
     let number = conn::hop(reverse.control);
     let known = t.reply_hop(number).copied().unwrap_or_default();
@@ -301,14 +311,45 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
         };
     }
     conn::remember::<I, _, _>(c, &flow.key, reverse, control, keep);
-    let ready = route == Route::Hop;
+    let resolve = route == Route::NoNeighbour && t.resolves();
+    let ready = route == Route::Hop || resolve;
     if !xmit::translate::<I, P>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, ready) {
         return drop(Reason::Internal);
     }
     match route {
         Route::Hop => xmit::send(p, &hop, Reason::MasqReply),
+        _ if resolve => Verdict::resolve(hop.ifindex, Reason::MasqReply),
         _ => Verdict::new(Action::Up, Reason::ByKernel),
     }
+}
+
+/// State, age and counters for a reply. The forward entry's control word as it is now.
+#[inline(always)]
+fn replied<I: Of<T>, T: Tables>(t: &T, c: &I::Conns, flow: &Flow<I>, reply: &conn::ReplyOf<'_, I, I::Conns>) -> u64 {
+    let words = I::words(reply.client, reply.virtual_address);
+    let control = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step(flow, state, Way::Output));
+    let control = control.unwrap_or(reply.forward.control);
+    t.count_out(conn::dest(control), flow.len);
+    control
+}
+
+/// A packet that this host itself sends, on its way out (LOCAL_OUT): the reply of a real server that is this host gets its virtual
+/// address. It is routed already, so that only the source changes. `None`: not ours, and untouched.
+#[inline(always)]
+pub fn leave<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Option<Verdict> {
+    let flow = parse::<I, P>(p).ok()?;
+    let c = I::conns(t);
+    let Found::Live(reverse) = ct::lookup::<I, _>(c.table(), &flow.key) else { return None };
+    if reverse.control & ct::REVERSE == 0 {
+        return None;
+    }
+    let reply = conn::follow::<I, _>(c, &flow.key, &reverse)?;
+    let control = replied(t, c, &flow, &reply);
+    conn::remember::<I, _, _>(c, &flow.key, &reverse, control, conn::hop(reverse.control));
+    if !xmit::translate::<I, P>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, false) {
+        return Some(drop(Reason::Internal));
+    }
+    Some(Verdict::new(Action::Up, Reason::MasqReply))
 }
 
 /// Answer the client with an ICMP error about this packet.

@@ -58,6 +58,11 @@ pub trait Tables {
     fn may_send_icmp(&self) -> bool;
     /// Ask the kernel for the way from `ends[0]` to `ends[1]`; `hop` is filled if it is known.
     fn route<I: Ip>(&self, ends: [I::Addr; 2], protocol: u8, len: u32, hop: &mut Hop) -> Route;
+    /// Can the kernel be given a packet to send when it has resolved the next hop that `route` found without a MAC address?
+    #[inline(always)]
+    fn resolves(&self) -> bool {
+        false
+    }
 
     /// Step with 0, 1, ... until it says true or `count` is reached.
     fn walk<W: Walker<Self>>(&self, count: u32, walker: &mut W)

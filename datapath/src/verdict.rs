@@ -36,7 +36,7 @@ pub enum Stage {
     PortUnreachable = 8,
 }
 
-/// One word, so that it stays in a register: `ifindex:32 | 0:16 | action:8 | reason:8`.
+/// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Verdict(u64);
@@ -46,6 +46,7 @@ const BACK: u64 = 1;
 const UP: u64 = 2;
 const DROP: u64 = 3;
 const GO: u64 = 4;
+const RESOLVE: u64 = 1 << 16;
 
 impl Verdict {
     #[inline(always)]
@@ -57,6 +58,16 @@ impl Verdict {
             Action::Drop => DROP << 8,
         };
         Verdict(action | reason as u64)
+    }
+    /// Out of this interface, when the kernel has found the next hop's MAC address: only for callers whose
+    /// [`crate::tables::Tables::resolves`] says that they can have it done.
+    #[inline(always)]
+    pub fn resolve(ifindex: u32, reason: Reason) -> Verdict {
+        Verdict(u64::from(ifindex) << 32 | RESOLVE | OUT << 8 | reason as u64)
+    }
+    #[inline(always)]
+    pub fn is_to_resolve(self) -> bool {
+        self.0 & RESOLVE != 0
     }
     /// Not the end: the packet goes on in another stage of the pipeline, with a number for it.
     #[inline(always)]

@@ -100,11 +100,20 @@ fn ranks<F: Fam>() {
     for timeout_s in TIMEOUTS_S {
         let mut t = crowd.table();
         t.policy = Policy::new(&Timeouts { tcp: timeout_s, tcp_fin: timeout_s / 2 + 1, udp: timeout_s });
-        for _ in 0..5_000 {
+        for i in 0..5_000 {
             t.set_now(rng.below(1 << 24) as u32);
-            let age = (u64::from(t.now_s() >> t.policy.rows[0][17].shift()).wrapping_sub(rng.below(2048))) & 0x7ff;
-            let control =
-                rng.next() & !(0x7ff << 4 | 3 << ct::PROTO_SHIFT) | age << 4 | (1 + rng.below(3)) << ct::PROTO_SHIFT;
+            let idle = rng.below(if i % 2 == 0 { 2048 } else { 150 });
+            let age = u64::from(t.now_s() >> t.policy.rows[0][17].shift()).wrapping_sub(idle) & 0x7ff;
+            let proto = 1 + rng.below(3);
+            let mut control = rng.next() & !(0x7ff << 4 | 3 << ct::PROTO_SHIFT) | age << 4 | proto << ct::PROTO_SHIFT;
+            if i % 3 == 0 {
+                // Established, many packets, a small number of units ago.
+                control = control & !(0x7ff << 4 | ct::STATE | ct::REVERSE | 3 << ct::PROTO_SHIFT)
+                    | (age.wrapping_add(idle).wrapping_sub(idle % 8) & 0x7ff) << 4
+                    | conn::TCP << ct::PROTO_SHIFT
+                    | 3 << 16
+                    | ESTABLISHED;
+            }
             let expect = match control {
                 c if !ct::is_live(c) => class::NOT_LIVE,
                 c if c & ct::REVERSE != 0 => (c >> 12) as u32 & 7,

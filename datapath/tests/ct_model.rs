@@ -175,6 +175,19 @@ impl<F: Fam> World<F> {
             let left = conn::seconds_left(&self.table.policy, control, self.now);
             if known.epoch == self.turns && !known.doomed {
                 let (timeout, elapsed) = (self.timeout(flow), self.now - known.seen);
+                if known.unit == 1
+                    && elapsed <= timeout
+                    && self.proto(flow) == conn::TCP
+                    && known.state == tcp::ESTABLISHED
+                {
+                    let expect = match known.packets {
+                        4 if elapsed >= conn::IDLE_S + known.younger => class::IDLE,
+                        4 if elapsed < conn::IDLE_S => class::ESTABLISHED,
+                        4 => conn::class(&self.table.policy, control, self.now),
+                        _ => class::FEW_PACKETS,
+                    };
+                    assert_eq!(conn::class(&self.table.policy, control, self.now), expect, "{known:?}");
+                }
                 // To the second where the unit is a second.
                 let rounding = if known.unit == 1 { 0 } else { known.unit };
                 let latest = timeout.saturating_sub(elapsed) + 2 * rounding + known.younger;

@@ -228,7 +228,7 @@ fn same_flow<F: Fam>() {
     let mut contested = 0;
     // Openers, flows: with room for all tries at once, and among neighbours that have to move or go.
     for (seed, openers, flows, one_in, rounds) in
-        [(1, 3, 2, 0, 3_000), (2, 3, 2, 8, 800), (3, 3, 2, 30, 800), (4, 4, 40, 0, 1_500), (5, 4, 40, 16, 600)]
+        [(1, 3, 2, 0, 3_000), (2, 3, 2, 8, 500), (3, 3, 2, 30, 500), (4, 4, 40, 0, 1_000), (5, 4, 40, 16, 400)]
     {
         let crowd = Crowd::<F>::new(Rng::new(seed).seed(), 2, flows, 0, openers as u32);
         let names = crowd.full_tuple();
@@ -302,7 +302,7 @@ fn delete<F: Fam>(crowd: &Crowd<F>, t: &MemConns<F>, flow: usize) {
 /// always, and once.
 fn never_missed<F: Fam>() {
     let moved = AtomicU64::new(0);
-    for (seed, one_in, rounds) in [(1, 0, 30_000), (2, 6, 2_500), (3, 25, 4_000), (4, 12, 4_000)] {
+    for (seed, one_in, rounds) in [(1, 0, 30_000), (2, 6, 1_500), (3, 25, 2_500), (4, 12, 2_500)] {
         let crowd = Crowd::<F>::new(Rng::new(seed).seed(), 8, 10 * F::WAYS as u32, 0, 8);
         let mut table = crowd.table();
         for rows in &mut table.policy.rows {

@@ -22,9 +22,9 @@ use core::ffi::c_void;
 use rvs_datapath::ct::{Buckets, V4, V6};
 use rvs_datapath::packet::Ip;
 
-/// What the loader sets, and what it reads; words by number.
+/// What the loader sets, and what it reads, in memory that it maps; words by number.
 #[btf_map]
-static BENCH: Array<[u64; 16], 1> = Array::new();
+static BENCH: Array<[u64; 32], 1, 1024> = Array::new();
 /// Flows are numbered by a generator `x = x * MUL + ADD`, the flow being `x >> SHIFT & MASK`: one after the other, or at random.
 const X: usize = 0;
 const MUL: usize = 1;
@@ -35,6 +35,8 @@ const MASK: usize = 4;
 const SERVERS: usize = 5;
 /// Rounds by XDP code, from here on.
 const COUNTS: usize = 8;
+/// The packet as it was, from here on. (On the stack there is no room for it: the data plane takes nearly all.)
+const SAVED: usize = 16;
 
 /// Last 32 bits of the first client's address: 10.0.0.0. Each has 64 ports.
 const CLIENTS: u32 = 0x0a00_0000;
@@ -48,7 +50,6 @@ static LRU4: LruHashMap<[u64; 2], [u64; 2], 1024> = LruHashMap::new();
 static LRU6: LruHashMap<[u64; 5], [u64; 2], 1024> = LruHashMap::new();
 
 /// Words of the packet that a rewrite may change: Ethernet, IP and TCP header.
-const WORDS_MAX: usize = words_of::<V6>();
 const fn words_of<I: Ip>() -> usize {
     (I::L4 + 20).div_ceil(8)
 }
@@ -63,7 +64,6 @@ fn packet<I: Ip>(ctx: &XdpContext) -> Option<*mut u8> {
 fn with_flow<I: Ip>(ctx: &XdpContext, f: impl FnOnce() -> u32) -> u32 {
     let (Some(b), Some(p)) = (BENCH.get_ptr_mut(0), packet::<I>(ctx)) else { return XDP_ABORTED };
     let b = b as *mut u64;
-    let mut saved = [0; WORDS_MAX];
     // SAFETY: fields of a map's value, which only the loader writes too; bytes of the packet, checked above. Volatile: LLVM must not
     // see that bytes put back are the same.
     unsafe {
@@ -73,7 +73,7 @@ fn with_flow<I: Ip>(ctx: &XdpContext, f: impl FnOnce() -> u32) -> u32 {
         let flow = x >> (b.add(SHIFT).read_volatile() & 63) & b.add(MASK).read_volatile();
         let mut i = 0;
         while i < words_of::<I>() {
-            saved[i] = (p as *const u64).add(i).read_volatile();
+            b.add(SAVED + i).write_volatile((p as *const u64).add(i).read_volatile());
             i += 1;
         }
         let (client, port) = (CLIENTS + (flow / PORTS) as u32, FIRST_PORT | (flow % PORTS) as u16);
@@ -92,7 +92,7 @@ fn with_flow<I: Ip>(ctx: &XdpContext, f: impl FnOnce() -> u32) -> u32 {
         let Some(p) = packet::<I>(ctx) else { return XDP_ABORTED };
         let mut i = 0;
         while i < words_of::<I>() {
-            (p as *mut u64).add(i).write_volatile(saved[i]);
+            (p as *mut u64).add(i).write_volatile(b.add(SAVED + i).read_volatile());
             i += 1;
         }
         let count = b.add(COUNTS + (code & 7) as usize);

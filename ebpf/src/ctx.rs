@@ -28,8 +28,8 @@ impl<'a> Xdp<'a> {
 /// Bytes whose bounds were checked. `len` is a constant wherever it is used, so the asserts are gone after inlining;
 /// one that is not would leave a loop behind (the panic handler), and the verifier would refuse the program.
 pub struct Bytes {
-    at: *mut u8,
-    len: usize,
+    pub at: *mut u8,
+    pub len: usize,
 }
 
 macro_rules! access {
@@ -61,6 +61,28 @@ impl Window for Bytes {
     access!(r32, w32, u32);
 }
 
+/// Ones-complement sum of a packet's bytes from `from` on, at most `most` of them.
+#[inline(always)]
+pub fn sum(from: usize, end: usize, most: usize) -> u64 {
+    let mut sum = 0u64;
+    let mut i = 0;
+    while i < QUOTE_MAX / 2 {
+        let at = from + 2 * i;
+        if 2 * i + 2 > most || at + 2 > end {
+            break;
+        }
+        // SAFETY: checked against the end.
+        sum += unsafe { *(at as *const u16) } as u64;
+        i += 1;
+    }
+    let at = from + 2 * i;
+    if 2 * i < most && at + 1 <= end {
+        // SAFETY: checked against the end. An odd last byte is the first of its word.
+        sum += unsafe { *(at as *const u8) } as u64;
+    }
+    sum
+}
+
 impl Packet for Xdp<'_> {
     type W<'b>
         = Bytes
@@ -89,23 +111,7 @@ impl Packet for Xdp<'_> {
     }
     #[inline(always)]
     fn sum_from(&self, from: usize, most: usize) -> u64 {
-        let mut sum = 0u64;
-        let mut i = 0;
-        while i < QUOTE_MAX / 2 {
-            let at = self.at + from + 2 * i;
-            if 2 * i + 2 > most || at + 2 > self.end {
-                break;
-            }
-            // SAFETY: checked against the end.
-            sum += unsafe { *(at as *const u16) } as u64;
-            i += 1;
-        }
-        let at = self.at + from + 2 * i;
-        if 2 * i < most && at + 1 <= self.end {
-            // SAFETY: checked against the end. An odd last byte is the first of its word.
-            sum += unsafe { *(at as *const u8) } as u64;
-        }
-        sum
+        sum(self.at + from, self.end, most)
     }
     #[inline(always)]
     fn grow_head(&mut self, n: usize) -> bool {

@@ -7,18 +7,32 @@
 mod calls;
 mod ctx;
 mod maps;
+mod skb;
 mod stages;
+mod tc;
 mod timer;
 mod words;
 
 use aya_ebpf::bindings::xdp_action;
-use aya_ebpf::macros::xdp;
-use aya_ebpf::programs::XdpContext;
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
 
 /// For native and generic XDP.
 #[xdp]
 pub fn rvs_xdp(ctx: XdpContext) -> u32 {
     stages::run(&ctx)
+}
+
+/// For tc ingress.
+#[classifier]
+pub fn rvs_tc_in(ctx: TcContext) -> i32 {
+    tc::arrive(ctx.skb.skb)
+}
+
+/// For tc egress: replies of real servers that are this host.
+#[classifier]
+pub fn rvs_tc_out(ctx: TcContext) -> i32 {
+    tc::leave(ctx.skb.skb)
 }
 
 /// For the far end of a veth, which takes redirected frames only if it has a program.

@@ -121,25 +121,34 @@ pub fn dest_address<I: Ip>(dest: u32) -> Option<(I::Addr, u16)> {
     Some((I::from_bytes(&d.address), d.port))
 }
 
-/// The tables of one packet. `ctx` and `ifindex` are for the routing helper.
-pub struct Maps<'a> {
+/// The tables of one packet. `ctx`, `ifindex` and `sized` are for the routing helper; SKB: of a tc program.
+pub struct Maps<'a, const SKB: bool> {
     ctx: *mut c_void,
     ifindex: u32,
+    /// The packet's length is that of what will be sent (not that of segments to be cut): it must fit the route's MTU.
+    sized: bool,
     config: &'a Config,
     conns4: Table<'a, V4>,
     conns6: Table<'a, V6>,
 }
 
-impl Maps<'_> {
+impl Maps<'_, false> {
     #[inline(always)]
-    pub fn of(ctx: &XdpContext) -> Option<Maps<'static>> {
+    pub fn of(ctx: &XdpContext) -> Option<Maps<'static, false>> {
         // SAFETY: a field of the context.
         let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
-        Some(Maps { ctx: ctx.as_ptr(), ifindex, config: config()?, conns4: table4()?, conns6: table6()? })
+        Maps::new(ctx.as_ptr(), ifindex, true)
     }
 }
 
-impl<'a> Tables for Maps<'a> {
+impl<const SKB: bool> Maps<'_, SKB> {
+    #[inline(always)]
+    pub fn new(ctx: *mut c_void, ifindex: u32, sized: bool) -> Option<Maps<'static, SKB>> {
+        Some(Maps { ctx, ifindex, sized, config: config()?, conns4: table4()?, conns6: table6()? })
+    }
+}
+
+impl<'a, const SKB: bool> Tables for Maps<'a, SKB> {
     type C4 = Table<'a, V4>;
     type C6 = Table<'a, V6>;
     #[inline(always)]
@@ -251,13 +260,19 @@ impl<'a> Tables for Maps<'a> {
     #[inline(always)]
     fn route<I: Ip>(&self, ends: [I::Addr; 2], protocol: u8, len: u32, hop: &mut Hop) -> Route {
         let ends = [I::bytes(ends[0]), I::bytes(ends[1])];
-        let about = (I::FAMILY as u32) << 24 | (protocol as u32) << 16 | len & 0xffff;
+        let len = if self.sized { len & 0xffff } else { 0 };
+        let tell = if SKB { TELL } else { 0 };
+        let about = tell | (I::FAMILY as u32) << 24 | (protocol as u32) << 16 | len;
         match route(self.ctx, self.ifindex, &ends, about, hop) {
             FIB_SUCCESS => Route::Hop,
             FIB_NO_NEIGH => Route::NoNeighbour,
             refused if FIB_REFUSED.contains(&refused) => Route::None,
             _ => Route::Kernel,
         }
+    }
+    #[inline(always)]
+    fn resolves(&self) -> bool {
+        SKB
     }
     #[inline(always)]
     fn walk<W: Walker<Self>>(&self, count: u32, walker: &mut W) {
@@ -352,6 +367,13 @@ const FIB_NO_NEIGH: i64 = 7;
 /// Blackhole, unreachable, prohibit.
 const FIB_REFUSED: core::ops::RangeInclusive<i64> = 1..=3;
 
+/// In `about` of [`route`]: leave the next hop in NEXT_HOP.
+const TELL: u32 = 1 << 31;
+
+/// `struct bpf_redir_neigh`: the next hop of the route found last, for the kernel to resolve. Its family is a word, then its address.
+#[btf_map]
+pub static NEXT_HOP: PerCpuArray<[u32; 5], 1> = PerCpuArray::new();
+
 /// Family, protocol and length of the packet in `about` (8, 8, 16 bits, high to low).
 #[inline(never)]
 fn route(ctx: *mut c_void, ifindex: u32, ends: &[[u8; 16]; 2], about: u32, found: &mut Hop) -> i64 {
@@ -362,7 +384,7 @@ fn route(ctx: *mut c_void, ifindex: u32, ends: &[[u8; 16]; 2], about: u32, found
     q.__bindgen_anon_1.tot_len = about as u16;
     let word = |b: &[u8; 16], i: usize| u32::from_ne_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
     let [from, to] = ends;
-    if about >> 24 == 4 {
+    if about >> 24 & 0xf == 4 {
         q.family = AF_INET;
         q.__bindgen_anon_3.ipv4_src = word(from, 0);
         q.__bindgen_anon_4.ipv4_dst = word(to, 0);
@@ -380,5 +402,15 @@ fn route(ctx: *mut c_void, ifindex: u32, ends: &[[u8; 16]; 2], about: u32, found
         u32::from_ne_bytes([s[2], s[3], s[4], s[5]]),
     ];
     found.ifindex = q.ifindex;
+    if about & TELL != 0
+        && let Some(next) = NEXT_HOP.get_ptr_mut(0)
+    {
+        // SAFETY: this CPU's own value. The helper has put the gateway's address, if there is one, in the place of the destination; an
+        // IPv4 address is the first word of the union.
+        unsafe {
+            let a = q.__bindgen_anon_4.ipv6_dst;
+            *next = [q.family as u32, a[0], a[1], a[2], a[3]];
+        }
+    }
     r
 }

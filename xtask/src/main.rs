@@ -1,6 +1,7 @@
 //! Tasks of the source tree, run as `cargo xtask TASK`; `./x` calls them as its steps.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod tidy;
 
 use std::path::PathBuf;
@@ -8,10 +9,15 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
-const USAGE: &str = "usage: cargo xtask tidy     the rules of CONTRIBUTING.md that no compiler checks";
+const USAGE: &str = "\
+usage: cargo xtask tidy     the rules of CONTRIBUTING.md that no compiler checks
+       cargo xtask bench [--quick] [--write]
+                            the data plane's figures (as root; `./x bench` builds first). --quick: a few sizes, to see that it
+                            works; --write: into docs/benchmarks.md too";
 
 fn main() -> ExitCode {
-    match run(std::env::args().nth(1).as_deref()) {
+    let mut args = std::env::args().skip(1);
+    match run(args.next().as_deref(), &args.collect::<Vec<_>>()) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("xtask: {error:#}");
@@ -20,9 +26,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(task: Option<&str>) -> Result<ExitCode> {
+fn run(task: Option<&str>, args: &[String]) -> Result<ExitCode> {
     match task {
         Some("tidy") => tidy::run(&root()?),
+        Some("bench") => bench::run(&root()?, args),
         Some(other) => bail!("there is no task '{other}'\n{USAGE}"),
         None => bail!("{USAGE}"),
     }

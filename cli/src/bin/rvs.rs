@@ -27,10 +27,16 @@ enum Command {
     /// Make this host a real server of a director, check that it is one, or put back what was there
     #[command(subcommand)]
     Realserver(Realserver),
+    /// Networks of namespaces on this host, with clients, a director and real servers, to try things in
+    #[command(subcommand)]
+    Lab(rvs_lab::cli::Command),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::Lab(command) = &cli.command {
+        return rvs_lab::cli::main(command);
+    }
     let mut stdout = BufWriter::new(std::io::stdout().lock());
     let mut stderr = std::io::stderr();
     ExitCode::from(match &cli.command {
@@ -39,5 +45,7 @@ fn main() -> ExitCode {
             rvs::run(query, &mut stdout, &mut stderr, &mut backend)
         }
         Command::Realserver(command) => realserver::main(command, &mut stdout, &mut stderr),
+        // Done above: it prints by itself.
+        Command::Lab(_) => 0,
     })
 }

@@ -1,6 +1,7 @@
 //! The data plane in the kernel: its maps (made, sized, pinned, or adopted from pins), its programs, the timer.
 
 mod apply;
+pub mod attach;
 mod conns;
 mod raw;
 
@@ -18,6 +19,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// The programs, as built.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("RVS_EBPF_OBJECT"));
+
 /// A value of `abi`: integers and byte arrays without padding.
 ///
 /// # Safety
@@ -29,7 +33,7 @@ macro_rules! plain {
         unsafe impl Plain for $t {}
     )* };
 }
-plain!(u32, u64, [u64; 16], Config, Clock, Iface, ServiceKey, Hop);
+plain!(u32, u64, [u64; 32], Config, Clock, Iface, ServiceKey, Hop);
 plain!(abi::Service, abi::ServiceState, abi::ListEntry, abi::Dest, abi::DestInfo, abi::DestState, abi::Stats);
 
 #[repr(transparent)]
@@ -251,7 +255,7 @@ impl Dataplane {
     }
     /// Run a loaded program on `frame` (which came in by lo), each time on what the last one left of it.
     /// The duration is the mean, in whole nanoseconds.
-    pub fn test_run(&mut self, program: &str, frame: &[u8], repeat: u32) -> Result<TestRunResult> {
+    pub fn test_run(&mut self, program: &str, frame: &[u8], repeat: u32) -> Result<aya::TestRunResult> {
         let mut options = TestRunOptions::new();
         options.data_in = Some(frame);
         options.repeat = repeat;
@@ -260,6 +264,17 @@ impl Dataplane {
     /// An array map that only this object has.
     pub fn own_table<T: Plain>(&self, name: &'static str) -> Result<Table<T>> {
         array(&self.dir, name)
+    }
+    /// Take all programs off their interfaces and all pins away: the data plane ends with the last open file. The folder stays.
+    pub fn teardown(&mut self) -> Result<()> {
+        for a in attach::list(&self.dir)? {
+            attach::detach(&self.dir, &a.name, a.hook)?;
+        }
+        for name in ALL {
+            let path = self.dir.join(name);
+            std::fs::remove_file(&path).map_err(failed(format!("remove {}", path.display())))?;
+        }
+        Ok(())
     }
     /// Let the timer tick with this object's code. It goes on after us.
     fn start(&mut self) -> Result<()> {
@@ -446,4 +461,9 @@ fn random() -> Result<u64> {
         return Err(failed("random numbers")(std::io::Error::last_os_error()));
     }
     Ok(u64::from_ne_bytes(bytes))
+}
+
+/// Let everything that is under way in the data plane end.
+pub fn grace(time: std::time::Duration) {
+    std::thread::sleep(time);
 }

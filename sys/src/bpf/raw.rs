@@ -8,6 +8,15 @@ use std::path::Path;
 
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_LINK_DETACH: libc::c_int = 34;
+/// Attach types.
+pub const BPF_XDP: u32 = 37;
+pub const BPF_TCX_INGRESS: u32 = 46;
+pub const BPF_TCX_EGRESS: u32 = 47;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_F_MMAPABLE: u32 = 1 << 10;
 
@@ -59,6 +68,81 @@ pub fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     }
     let path = CString::new(path.as_os_str().as_bytes())?;
     bpf(BPF_OBJ_PIN, &Pin { path: path.as_ptr() as u64, fd: fd.as_raw_fd() as u32, flags: 0 }).map(|_| ())
+}
+
+/// What is pinned at a path.
+pub fn get(path: &Path) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Get {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let fd = bpf(BPF_OBJ_GET, &Get { path: path.as_ptr() as u64, fd: 0, flags: 0 })?;
+    // SAFETY: a new file descriptor that nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A program on an interface, as a link.
+pub fn link_create(program: BorrowedFd<'_>, ifindex: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
+    /// `union bpf_attr` of BPF_LINK_CREATE; `rest`: relative_fd and expected_revision of tcx, none.
+    #[repr(C)]
+    struct Create {
+        program: u32,
+        ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+        rest: [u64; 2],
+    }
+    let attr = Create { program: program.as_raw_fd() as u32, ifindex, attach_type, flags, rest: [0; 2] };
+    let fd = bpf(BPF_LINK_CREATE, &attr)?;
+    // SAFETY: a new file descriptor that nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Another program into a link, atomically.
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Update {
+        link: u32,
+        program: u32,
+        flags: u32,
+        old: u32,
+    }
+    let attr = Update { link: link.as_raw_fd() as u32, program: program.as_raw_fd() as u32, flags: 0, old: 0 };
+    bpf(BPF_LINK_UPDATE, &attr).map(|_| ())
+}
+
+/// The link stays, without an interface.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(BPF_LINK_DETACH, &(link.as_raw_fd() as u32)).map(|_| ())
+}
+
+/// The kernel's numbers.
+pub struct LinkInfo {
+    pub id: u32,
+    pub program: u32,
+    /// 0: the interface is gone.
+    pub ifindex: u32,
+}
+
+/// About a link of an XDP or tcx program.
+pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    /// Words of `struct bpf_link_info`: type, id, program, a gap, and then by type, for both of these first the ifindex.
+    const WORDS: usize = 16;
+    #[repr(C)]
+    struct Info {
+        fd: u32,
+        len: u32,
+        at: u64,
+    }
+    let mut words = [0u32; WORDS];
+    let attr = Info { fd: link.as_raw_fd() as u32, len: size_of_val(&words) as u32, at: words.as_mut_ptr() as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &attr)?;
+    // SAFETY: memory of ours. Volatile: the kernel wrote it, by an address that is a number to the compiler.
+    let [_, id, program, _, ifindex, ..] = unsafe { std::ptr::read_volatile(&raw const words) };
+    Ok(LinkInfo { id, program, ifindex })
 }
 
 /// A map's one value in our memory, shared with the programs: whole words, read and written atomically.

@@ -4,6 +4,7 @@
 
 #![allow(clippy::expect_used, reason = "a test program with a harness of its own: a panic is a failed test")]
 
+mod fixtures;
 mod net;
 mod ns;
 mod world;
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
     let firewall = all.clone().or_else(|| world::missing(&["nft", "iptables-nft", "ip6tables-nft"]));
     let mut trials = Vec::new();
     for (cases, skip) in
-        [(net::CASES, &all), (ns::CASES, &all), (net::VLAN_CASES, &vlan), (ns::FIREWALL_CASES, &firewall)]
+        [(fixtures::CASES, &all), (net::CASES, &all), (ns::CASES, &all), (net::VLAN_CASES, &vlan), (ns::FIREWALL_CASES, &firewall)]
     {
         for &(name, run) in cases {
             if let Some(why) = skip.as_ref().filter(|_| !arguments.list) {

@@ -1,0 +1,191 @@
+//! The state of a running director, and what a command does to it: capability, model, plan, maps, or back again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
+
+use rvs_control::api::{self, Code, Refusal};
+use rvs_control::capability::Capabilities;
+use rvs_control::model::{Command, Env, Model};
+use rvs_control::net::Link;
+use rvs_control::plan::{Capacity, GRACE_MS, PlanError, Planner, RestoreError, Step, Way};
+use rvs_sys::bpf::{BpfError, Dataplane};
+
+use crate::rates::Estimator;
+
+/// What the model asks about the host.
+#[derive(Debug, Default)]
+pub struct Host {
+    pub locals: BTreeSet<IpAddr>,
+    pub broadcasts: BTreeSet<Ipv4Addr>,
+    pub links: Vec<Link>,
+}
+
+impl Env for Host {
+    fn is_local(&self, addr: IpAddr) -> bool {
+        addr.is_loopback() || self.locals.contains(&addr)
+    }
+    fn is_broadcast(&self, addr: Ipv4Addr) -> bool {
+        self.broadcasts.contains(&addr)
+    }
+    fn interface_mtu(&self, name: &str) -> Option<u32> {
+        self.links.iter().find(|l| l.name == name).map(|l| l.mtu)
+    }
+}
+
+pub struct Director {
+    pub dataplane: Dataplane,
+    pub model: Model,
+    pub planner: Planner,
+    pub host: Host,
+    pub estimator: Estimator,
+    capabilities: Capabilities,
+    /// Since when no connection names a dest that is out of use, ms.
+    idle_since: BTreeMap<u32, u64>,
+    started: Instant,
+    pub warnings: BTreeSet<String>,
+    pub interfaces: BTreeMap<String, String>,
+}
+
+/// No connection names it during two full sweeps, and some.
+const IDLE_MS: u64 = 5_000;
+
+impl Director {
+    /// Over a data plane that may be at work already: what it is doing becomes the model.
+    pub fn new(dataplane: Dataplane) -> Result<Director, StartError> {
+        let maps = &dataplane.maps;
+        let capacity = Capacity {
+            services: maps.services.len(),
+            dests: maps.dests.len(),
+            lists: maps.lists.len(),
+            tables: maps.tables.len(),
+            hops: maps.hops.len(),
+        };
+        let (model, planner) = Planner::restore(&maps.dump()?, &capacity)?;
+        Ok(Director {
+            dataplane,
+            model,
+            planner,
+            host: Host::default(),
+            estimator: Estimator::default(),
+            capabilities: Capabilities::current(),
+            idle_since: BTreeMap::new(),
+            started: Instant::now(),
+            warnings: BTreeSet::new(),
+            interfaces: BTreeMap::new(),
+        })
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub fn check_local_addresses(&self) -> Result<(), Refusal> {
+        self.capabilities.check_local_addresses().map_err(|e| Refusal::from(&e))
+    }
+
+    /// Carry out one command, whole or not at all.
+    pub fn command(&mut self, command: api::Command) -> Result<(), Refusal> {
+        let command = Command::try_from(command).map_err(|e| Refusal::from(&e))?;
+        self.capabilities.check(&command).map_err(|e| Refusal::from(&e))?;
+        let change = self.model.apply(&command, &self.host).map_err(|e| Refusal::from(&e))?;
+        let step = match self.plan(&change) {
+            Ok(step) => step,
+            Err(error) => {
+                self.model.revert(change);
+                return Err(Refusal::new(Code::Full, error.to_string()));
+            }
+        };
+        if let Err(error) = self.carry_out(step) {
+            self.model.revert(change);
+            return Err(Refusal::new(Code::Failed, shown(&error)));
+        }
+        tracing::debug!(?command, "done");
+        Ok(())
+    }
+
+    /// What was retired a moment ago is free again after the grace period: when there is no room, wait for it once.
+    fn plan(&mut self, change: &rvs_control::model::Change) -> Result<Step, PlanError> {
+        self.planner.tick(self.now_ms());
+        match self.planner.change(&self.model, change, self.now_ms()) {
+            Err(PlanError::Full { .. }) => {
+                rvs_sys::bpf::grace(Duration::from_millis(GRACE_MS + 1));
+                self.planner.tick(self.now_ms());
+                self.planner.change(&self.model, change, self.now_ms())
+            }
+            other => other,
+        }
+    }
+
+    fn carry_out(&mut self, step: Step) -> Result<(), BpfError> {
+        match self.dataplane.maps.apply(&step.ops) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.planner.undo(step);
+                Err(error)
+            }
+        }
+    }
+
+    /// The addresses of this host have changed.
+    pub fn locals(&mut self, locals: BTreeSet<IpAddr>) -> Result<(), BpfError> {
+        self.host.locals.clone_from(&locals);
+        let step = self.planner.locals(locals);
+        self.dataplane.maps.apply(&step.ops)
+    }
+
+    /// The ways to the real servers have changed.
+    pub fn ways(&mut self, ways: BTreeMap<IpAddr, Way>) -> Result<(), BpfError> {
+        let now_ms = self.now_ms();
+        let step = self.planner.ways(ways, now_ms);
+        self.dataplane.maps.apply(&step.ops)
+    }
+
+    /// Once a second: what is out of use long enough becomes free.
+    pub fn tick(&mut self) -> Result<(), BpfError> {
+        let now_ms = self.now_ms();
+        self.planner.tick(now_ms);
+        let trashed: BTreeSet<u32> = self.planner.trashed().collect();
+        self.idle_since.retain(|index, _| trashed.contains(index));
+        let mut idle = BTreeSet::new();
+        for index in trashed {
+            let [active, inactive, persistent] = self.dataplane.maps.connections_of(index)?;
+            if active + inactive + persistent > 0 {
+                self.idle_since.remove(&index);
+            } else if now_ms.saturating_sub(*self.idle_since.entry(index).or_insert(now_ms)) >= IDLE_MS {
+                idle.insert(index);
+            }
+        }
+        if idle.is_empty() {
+            return Ok(());
+        }
+        let step = self.planner.idle(&idle);
+        self.dataplane.maps.apply(&step.ops)
+    }
+}
+
+/// An error with its causes, on one line.
+pub fn shown(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text.replace('\n', " ")
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+    #[error("the pinned maps can't be taken over: {0}; stop forwarding by removing the pin folder, or use another (--pin)")]
+    Restore(#[from] RestoreError),
+}

@@ -1,0 +1,280 @@
+//! The network around the director: which addresses are its own, how the real servers are reached, which interfaces have the
+//! program. Read from netlink at start and after every change.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rvs_control::net::{Addr, FdbEntry, Link, Neighbour, Route, RouteQuery};
+use rvs_control::nexthop::{self, NextHop, Path, Picture};
+use rvs_control::plan::Way;
+use rvs_datapath::abi::Iface;
+use rvs_sys::bpf::attach::{Hook, Port};
+use rvs_sys::netlink::{Net, NetError, NetEvent, Netlink, Watch};
+use tokio::sync::Notify;
+
+use crate::director::{Director, shown};
+use crate::options::{Interface, Mode};
+
+/// Changes that come together are looked at together.
+const SETTLE: Duration = Duration::from_millis(20);
+/// Everything is read anew this often even if netlink says nothing (neighbours that only probing keeps).
+const REFRESH: Duration = Duration::from_secs(30);
+
+pub struct Network {
+    net: Netlink,
+    director: Rc<RefCell<Director>>,
+    wanted: Vec<Interface>,
+    routes: BTreeMap<IpAddr, Route>,
+    kept: BTreeSet<(u32, IpAddr)>,
+    /// Interfaces with the program, and how.
+    attached: BTreeMap<u32, (String, Hook)>,
+}
+
+/// What has to be read again.
+#[derive(Clone, Copy, Default, Debug)]
+struct Stale {
+    routes: bool,
+}
+
+impl Network {
+    pub fn new(net: Netlink, director: Rc<RefCell<Director>>, wanted: Vec<Interface>) -> Self {
+        Network { net, director, wanted, routes: BTreeMap::new(), kept: BTreeSet::new(), attached: BTreeMap::new() }
+    }
+
+    /// The first look, before the director is ready. Interfaces that were asked for by name must be there.
+    ///
+    /// # Errors
+    /// One line each: what could not be read, or attached.
+    pub async fn start(&mut self) -> Result<(), String> {
+        let links = self.net.links().await.map_err(|e| shown(&e))?;
+        let missing: Vec<&str> = self
+            .wanted
+            .iter()
+            .map(|w| w.name.as_str())
+            .filter(|name| !links.iter().any(|l| l.name == *name))
+            .collect();
+        if !missing.is_empty() {
+            let there: Vec<&str> = links.iter().filter(|l| !l.loopback).map(|l| l.name.as_str()).collect();
+            return Err(format!("no interface {}; there are: {}", missing.join(", "), there.join(", ")));
+        }
+        self.refresh(Stale { routes: true }, true).await
+    }
+
+    /// Follow changes for ever. `commands` is notified when a command may have added a real server.
+    pub async fn follow(mut self, commands: Rc<Notify>) {
+        loop {
+            let mut watch = match self.net.watch() {
+                Ok(watch) => watch,
+                Err(error) => {
+                    tracing::error!(error = %shown(&error), "netlink can't be watched; changes are seen every 30 s only");
+                    tokio::time::sleep(REFRESH).await;
+                    self.look(Stale { routes: true }).await;
+                    continue;
+                }
+            };
+            self.look(Stale { routes: true }).await;
+            loop {
+                let mut stale = Stale::default();
+                tokio::select! {
+                    event = watch.next() => match event {
+                        Ok(event) => stale.note(&event),
+                        Err(error) => {
+                            tracing::warn!(error = %shown(&error), "netlink watch ended; starting it anew");
+                            break;
+                        }
+                    },
+                    () = commands.notified() => {}
+                    () = tokio::time::sleep(REFRESH) => stale.routes = true,
+                }
+                // More of the same is likely on its way.
+                let settle = tokio::time::sleep(SETTLE);
+                tokio::pin!(settle);
+                loop {
+                    tokio::select! {
+                        () = &mut settle => break,
+                        event = watch.next() => match event {
+                            Ok(event) => stale.note(&event),
+                            Err(_) => break,
+                        },
+                    }
+                }
+                self.look(stale).await;
+            }
+        }
+    }
+
+    async fn look(&mut self, stale: Stale) {
+        if let Err(error) = self.refresh(stale, false).await {
+            tracing::warn!(%error, "the network could not be read");
+        }
+    }
+
+    async fn refresh(&mut self, stale: Stale, first: bool) -> Result<(), String> {
+        let say = |e: NetError| shown(&e);
+        let links = self.net.links().await.map_err(say)?;
+        let addrs = self.net.addrs().await.map_err(say)?;
+        self.hosts_own(&links, &addrs)?;
+        self.interfaces(&links, first)?;
+        let addresses: BTreeSet<IpAddr> = self.director.borrow().planner.addresses().collect();
+        if stale.routes {
+            self.routes.clear();
+        }
+        self.routes.retain(|a, _| addresses.contains(a));
+        for address in &addresses {
+            if !self.routes.contains_key(address) {
+                let route = self.net.route_to(RouteQuery::to(*address)).await.map_err(say)?;
+                self.routes.insert(*address, route);
+            }
+        }
+        self.keep(&links).await;
+        let neighbours = self.net.neighbours().await.map_err(say)?;
+        let fdb = if links.iter().any(|l| l.kind == "bridge") { self.net.fdb().await.map_err(say)? } else { Vec::new() };
+        let ways = self.ways(&links, &neighbours, &fdb);
+        self.director.borrow_mut().ways(ways).map_err(|e| shown(&e))
+    }
+
+    /// Neighbours on the way are kept known by the kernel.
+    async fn keep(&mut self, links: &[Link]) {
+        let keep = nexthop::all_to_keep(self.routes.iter().map(|(a, r)| (*a, r)), links);
+        for (ifindex, ip) in keep.difference(&self.kept) {
+            if let Err(error) = self.net.keep_neighbour(*ifindex, *ip).await {
+                tracing::warn!(%ip, ifindex, error = %shown(&error), "a neighbour can't be kept known");
+            }
+        }
+        for (ifindex, ip) in self.kept.difference(&keep) {
+            // Gone with its interface, most likely.
+            let _ = self.net.forget_neighbour(*ifindex, *ip).await;
+        }
+        self.kept = keep;
+    }
+
+    fn ways(&self, links: &[Link], neighbours: &[Neighbour], fdb: &[FdbEntry]) -> BTreeMap<IpAddr, Way> {
+        let picture = Picture { links, neighbours, fdb };
+        let mut ways = BTreeMap::new();
+        for (address, route) in &self.routes {
+            let way = match nexthop::resolve(*address, route, picture) {
+                NextHop::Local => Way::Local,
+                NextHop::Ready(hop) => {
+                    let ifindex = match hop.path {
+                        Path::Direct => hop.ifindex,
+                        // The bridge's own forwarding decision, made here: XDP can't send through a bridge device.
+                        Path::Bridge { port: Some(port) } => port,
+                        // Until then the kernel forwards, or tc.
+                        Path::Bridge { port: None } | Path::Vlan { .. } => continue,
+                    };
+                    let (d, s) = (hop.dst_mac.0, hop.src_mac.0);
+                    let macs = [
+                        u32::from_ne_bytes([d[0], d[1], d[2], d[3]]),
+                        u32::from_ne_bytes([d[4], d[5], s[0], s[1]]),
+                        u32::from_ne_bytes([s[2], s[3], s[4], s[5]]),
+                    ];
+                    Way::Hop { macs, ifindex, mtu: u16::try_from(hop.mtu).unwrap_or(u16::MAX) }
+                }
+                NextHop::NotReady(why) => {
+                    tracing::debug!(%address, %why, "no ready next hop; packet by packet by the kernel's tables");
+                    continue;
+                }
+                NextHop::Unreachable(kind) => {
+                    tracing::debug!(%address, ?kind, "no route to a real server");
+                    continue;
+                }
+            };
+            ways.insert(*address, way);
+        }
+        ways
+    }
+
+    fn hosts_own(&self, links: &[Link], addrs: &[Addr]) -> Result<(), String> {
+        let mut d = self.director.borrow_mut();
+        d.host.links = links.to_vec();
+        d.host.broadcasts = addrs.iter().filter_map(|a| a.broadcast).collect();
+        let locals: BTreeSet<IpAddr> = addrs.iter().map(|a| a.ip).collect();
+        if locals != d.host.locals {
+            d.locals(locals).map_err(|e| shown(&e))?;
+        }
+        Ok(())
+    }
+
+    /// Put the program on interfaces that should have it, take note of MAC addresses.
+    fn interfaces(&mut self, links: &[Link], first: bool) -> Result<(), String> {
+        self.attached.retain(|ifindex, _| links.iter().any(|l| l.ifindex == *ifindex));
+        for link in links.iter().filter(|l| l.ethernet && !l.loopback) {
+            let Some(mode) = self.mode_for(link) else { continue };
+            if !self.attached.contains_key(&link.ifindex) {
+                match self.attach(link, mode) {
+                    Ok(hook) => {
+                        tracing::info!(interface = link.name, hook = hook.name(), "the program is on");
+                        self.attached.insert(link.ifindex, (link.name.clone(), hook));
+                    }
+                    Err(error) if first && !self.wanted.is_empty() => return Err(error),
+                    Err(error) => tracing::warn!(interface = link.name, %error, "the program could not be attached"),
+                }
+            }
+            if self.attached.contains_key(&link.ifindex) {
+                self.note(link)?;
+            }
+        }
+        let names = self.attached.values().map(|(name, hook)| (name.clone(), hook.name().to_owned())).collect();
+        self.director.borrow_mut().interfaces = names;
+        Ok(())
+    }
+
+    /// How the program should be on this interface; `None`: not at all.
+    fn mode_for(&self, link: &Link) -> Option<Option<Mode>> {
+        if self.wanted.is_empty() {
+            return (link.up && link.master.is_none()).then_some(None);
+        }
+        self.wanted.iter().find(|w| w.name == link.name).map(|w| w.mode)
+    }
+
+    fn attach(&self, link: &Link, mode: Option<Mode>) -> Result<Hook, String> {
+        let hooks: &[Hook] = match mode {
+            Some(Mode::Xdp) => &[Hook::XdpNative],
+            Some(Mode::Skb) => &[Hook::XdpGeneric],
+            Some(Mode::Tc) => &[Hook::Tc],
+            // A bridge or VLAN device takes no native XDP.
+            None => &[Hook::XdpNative, Hook::Tc],
+        };
+        let mut errors = Vec::new();
+        for hook in hooks {
+            match self.director.borrow_mut().dataplane.attach(Port { name: &link.name, ifindex: link.ifindex }, *hook) {
+                Ok(_) => return Ok(*hook),
+                Err(error) => errors.push(shown(&error)),
+            }
+        }
+        Err(errors.join("; "))
+    }
+
+    fn note(&self, link: &Link) -> Result<(), String> {
+        let d = self.director.borrow();
+        let ifaces = &d.dataplane.maps.ifaces;
+        let at = link.ifindex % ifaces.len();
+        let there = ifaces.get(at).map_err(|e| shown(&e))?;
+        if there.ifindex != 0 && there.ifindex != link.ifindex && self.attached.contains_key(&there.ifindex) {
+            return Err(format!(
+                "interface {} (number {}) falls together with number {} in the table of interfaces",
+                link.name, link.ifindex, there.ifindex
+            ));
+        }
+        let mac = link.mac.map(|m| m.0).unwrap_or_default();
+        let iface = Iface { ifindex: link.ifindex, mac, flags: 0, mtu: link.mtu };
+        if there != iface {
+            ifaces.set(at, iface).map_err(|e| shown(&e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Stale {
+    fn note(&mut self, event: &NetEvent) {
+        match event {
+            NetEvent::Neighbour { .. } | NetEvent::Fdb => {}
+            NetEvent::Link { .. } | NetEvent::Addr { .. } | NetEvent::Route | NetEvent::Rule | NetEvent::Resync => {
+                self.routes = true;
+            }
+        }
+    }
+}

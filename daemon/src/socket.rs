@@ -1,0 +1,118 @@
+//! The control socket: lines in, lines out, one task a client. A client that sends garbage gets an error and is left; one that stalls
+//! holds up nobody.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rvs_control::api::{LineDecoder, Response, ResponseBody, decode_request, encode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::answer::{Answer, answer};
+use crate::director::Director;
+
+/// Clients at a time: each has a decoder of at most one request line.
+const CLIENTS_MAX: usize = 256;
+/// A client that does not read its answer is left.
+const WRITE_TIME: Duration = Duration::from_secs(60);
+
+/// Listen on `path`; a socket that nobody listens on any more is replaced.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(io::Error::other("another rvsd is listening there"));
+    }
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Serve clients for ever. `changed` is called after each request that may have changed something.
+pub async fn serve(listener: UnixListener, director: Rc<RefCell<Director>>, changed: Rc<tokio::sync::Notify>) {
+    let clients = std::sync::Arc::new(tokio::sync::Semaphore::new(CLIENTS_MAX));
+    loop {
+        let Ok(place) = clients.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (director, changed) = (director.clone(), changed.clone());
+                tokio::task::spawn_local(async move {
+                    if let Err(error) = client(stream, &director, &changed).await {
+                        tracing::debug!(%error, "a client of the control socket is gone");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "accept on the control socket");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn client(mut stream: UnixStream, director: &RefCell<Director>, changed: &tokio::sync::Notify) -> io::Result<()> {
+    let mut decoder = LineDecoder::for_requests();
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        let n = stream.read(&mut buffer).await?;
+        if n == 0 {
+            return Ok(());
+        }
+        let fed = decoder.feed(&buffer[..n]);
+        let mut out = Vec::new();
+        let mut asked = false;
+        while let Some(line) = decoder.next_line() {
+            asked = true;
+            let request = match decode_request(&line) {
+                Ok(request) => request,
+                Err(error) => return refuse(&mut stream, out, &error).await,
+            };
+            if let Err(refusal) = request.check_version() {
+                put(&Response::whole(request.id, ResponseBody::Refused(refusal)), &mut out)?;
+                continue;
+            }
+            let answered = answer(&mut director.borrow_mut(), request);
+            match answered {
+                Answer::Lines(lines) => lines.iter().try_for_each(|l| put(l, &mut out))?,
+                Answer::Connections(mut list) => loop {
+                    let lines = list.next(&mut director.borrow_mut());
+                    let Some(lines) = lines else { break };
+                    lines.iter().try_for_each(|l| put(l, &mut out))?;
+                    send(&mut stream, &mut out).await?;
+                    // Commands of others come in between.
+                    tokio::task::yield_now().await;
+                },
+            }
+        }
+        send(&mut stream, &mut out).await?;
+        if asked {
+            changed.notify_one();
+        }
+        if let Err(error) = fed {
+            return refuse(&mut stream, Vec::new(), &error).await;
+        }
+    }
+}
+
+fn put(response: &Response, out: &mut Vec<u8>) -> io::Result<()> {
+    encode(response, out).map_err(io::Error::other)
+}
+
+async fn send(stream: &mut UnixStream, out: &mut Vec<u8>) -> io::Result<()> {
+    let sent = tokio::time::timeout(WRITE_TIME, stream.write_all(out)).await;
+    out.clear();
+    sent.unwrap_or_else(|_| Err(io::Error::other("the client does not read")))
+}
+
+/// The last words to somebody who does not speak our language.
+async fn refuse(stream: &mut UnixStream, mut out: Vec<u8>, error: &dyn std::error::Error) -> io::Result<()> {
+    put(&Response::to_garbage(error), &mut out)?;
+    send(stream, &mut out).await
+}

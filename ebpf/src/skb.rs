@@ -1,0 +1,151 @@
+//! Access to packets as tc sees them: perhaps large ones, to be cut into segments later (GSO), and with the kernel's knowledge about
+//! their checksums, which has to stay true: unfinished (CHECKSUM_PARTIAL: the field holds the pseudo-header's sum only), summed up by
+//! the device (CHECKSUM_COMPLETE: `skb->csum`), or neither.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::{
+    bpf_csum_update, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
+};
+use rvs_datapath::csum::Delta;
+use rvs_datapath::ct::V6;
+use rvs_datapath::packet::{IP_TCP, IP_UDP, Ip, L3, Packet, Window};
+
+use crate::ctx::{Bytes, sum};
+
+/// Headers that the pipeline may look at: IPv6 and TCP.
+pub const HEADERS: u32 = (V6::L4 + 20) as u32;
+
+/// An skb at its Ethernet header. As in XDP the bounds are read once, and again by whatever may move the packet.
+pub struct Skb {
+    skb: *mut __sk_buff,
+    at: usize,
+    end: usize,
+    /// Not 0: the transport checksum is unfinished (bit 16), and this is its field.
+    unfinished: u32,
+    /// Length of the IP header, for that case.
+    header: usize,
+}
+
+impl Skb {
+    #[inline(always)]
+    pub fn new(skb: *mut __sk_buff) -> Self {
+        let mut packet = Skb { skb, at: 0, end: 0, unfinished: 0, header: 0 };
+        packet.reread();
+        packet
+    }
+    #[inline(always)]
+    fn reread(&mut self) {
+        // SAFETY: fields of the context.
+        unsafe { (self.at, self.end) = ((*self.skb).data as usize, (*self.skb).data_end as usize) };
+    }
+    /// Have the headers where they can be reached: what a device or a socket left in fragments.
+    #[inline(always)]
+    pub fn pull(&mut self) {
+        if self.at + HEADERS as usize > self.end {
+            // SAFETY: the context of this program. If it fails the packet is too short.
+            unsafe { bpf_skb_pull_data(self.skb, (*self.skb).len.min(HEADERS)) };
+            self.reread();
+        }
+    }
+    /// Find out whether the transport checksum is unfinished, for [`Packet::sum_from`]: such a field takes no notice of a change of
+    /// what is not in the pseudo-header.
+    #[inline(always)]
+    pub fn look_at_checksum<I: Ip>(&mut self) {
+        let protocol_at = if I::FAMILY == 4 { L3 + 9 } else { L3 + 6 };
+        let Some(w) = self.window(I::L4) else { return };
+        match w.r8(protocol_at) {
+            IP_TCP => self.look_at::<I>(I::L4 + 16),
+            IP_UDP => self.look_at::<I>(I::L4 + 6),
+            _ => {}
+        }
+    }
+    #[inline(always)]
+    fn look_at<I: Ip>(&mut self, at: usize) {
+        let Some(w) = self.window(at + 2) else { return };
+        let old = w.r16(at);
+        // SAFETY: the context of this program.
+        unsafe { bpf_l4_csum_replace(self.skb, at as u32, 0, 1, 0) };
+        self.reread();
+        let Some(mut w) = self.window(at + 2) else { return };
+        if w.r16(at) == old {
+            self.unfinished = 1 << 16 | old as u32;
+            self.header = I::HEADER;
+        }
+        w.w16(at, old);
+    }
+    /// Change the checksum field at `at`, as the kernel keeps it. False: the packet is too short.
+    #[inline(always)]
+    fn change(&mut self, at: usize, delta: u16, flags: u32) -> bool {
+        // Nothing (either zero of ones-complement).
+        if delta == 0 || delta == u16::MAX {
+            return true;
+        }
+        // SAFETY: the context of this program.
+        unsafe { bpf_l4_csum_replace(self.skb, at as u32, 0, delta as u64, flags as u64) == 0 }
+    }
+    /// Tell the kernel's sum over the packet of a change that no checksum in the packet makes up for.
+    #[inline(always)]
+    pub fn tell_sum(&mut self, delta: u32) {
+        // SAFETY: the context of this program. It fails if the kernel has no such sum.
+        unsafe { bpf_csum_update(self.skb, delta) };
+    }
+}
+
+impl Packet for Skb {
+    type W<'b> = Bytes;
+    #[inline(always)]
+    fn window(&mut self, len: usize) -> Option<Bytes> {
+        (self.at + len <= self.end).then_some(Bytes { at: self.at as *mut u8, len })
+    }
+    #[inline(always)]
+    fn frame_len(&self) -> u32 {
+        // SAFETY: a field of the context.
+        unsafe { (*self.skb).len }
+    }
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: a field of the context.
+        unsafe { (*self.skb).ifindex }
+    }
+    #[inline(always)]
+    fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        let udp = if udp { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let (addresses, ports) = (addresses.fold(), ports.fold());
+        let done = self.change(at, addresses, BPF_F_PSEUDO_HDR | udp) && self.change(at, ports, udp);
+        // For a sum over the packet the kernel takes the addresses for made up for by the IP header's checksum, which IPv6 has not
+        // (BPF_F_IPV6 of Linux 6.16).
+        if at >= V6::L4 {
+            self.tell_sum(addresses as u32);
+        }
+        self.reread();
+        done
+    }
+    /// Of a packet that [`Self::look_at_checksum`] has seen. An unfinished checksum will be finished on the way out, over what is
+    /// left of the packet then: from there on it sums up to the complement of what the field holds now.
+    #[inline(always)]
+    fn sum_from(&self, from: usize, most: usize) -> u64 {
+        if self.unfinished != 0 {
+            return sum(self.at + from, self.end, self.header) + !(self.unfinished as u16) as u64;
+        }
+        sum(self.at + from, self.end, most)
+    }
+    #[inline(always)]
+    fn grow_head(&mut self, n: usize) -> bool {
+        // SAFETY: the context of this program.
+        let done = unsafe { bpf_skb_change_head(self.skb, n as u32, 0) } == 0;
+        self.reread();
+        done
+    }
+    /// In one piece then, no longer to be cut into segments, and without a sum of the device's.
+    #[inline(always)]
+    fn cut(&mut self, len: usize) -> bool {
+        // SAFETY: the context of this program.
+        let done = unsafe {
+            // The kernel does all that only if there is something to cut.
+            ((*self.skb).len > len as u32 || bpf_skb_change_tail(self.skb, len as u32 + 1, 0) == 0)
+                && bpf_skb_change_tail(self.skb, len as u32, 0) == 0
+        };
+        self.reread();
+        done
+    }
+}

@@ -1,0 +1,169 @@
+//! The tc programs: the same pipeline as in XDP, over skbs. Its stages are functions of their own here too (see `stages`).
+
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
+use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
+use core::ffi::c_void;
+use rvs_datapath::core;
+use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::packet::{Ip, Packet};
+use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+
+use crate::maps::{self, Maps, NEXT_HOP};
+use crate::skb::Skb;
+
+const IPV4: u32 = 0x0800u16.to_be() as u32;
+const IPV6: u32 = 0x86ddu16.to_be() as u32;
+
+/// To whoever comes after us: other programs and filters, the kernel.
+const NEXT: i32 = TC_ACT_UNSPEC;
+
+/// The whole of the program for packets that come in.
+#[inline(always)]
+pub fn arrive(skb: *mut __sk_buff) -> i32 {
+    let mut packet = Skb::new(skb);
+    // SAFETY: a field of the context. The kernel has taken the VLAN tag out of the frame; it comes by again as one of the VLAN device.
+    let verdict = if unsafe { (*skb).vlan_present } != 0 {
+        pass(Reason::NotIp)
+    } else {
+        packet.pull();
+        process(&mut packet, skb)
+    };
+    maps::count_verdict(verdict);
+    match verdict.action() {
+        Action::Out(ifindex) => out(&mut packet, skb, verdict, ifindex),
+        // SAFETY: a field of the context.
+        Action::Back => out(&mut packet, skb, verdict, unsafe { (*skb).ifindex }),
+        Action::Up => NEXT,
+        Action::Drop => TC_ACT_SHOT as i32,
+    }
+}
+
+#[inline(always)]
+fn out(packet: &mut Skb, skb: *mut __sk_buff, verdict: Verdict, ifindex: u32) -> i32 {
+    const FORWARDED: u32 = Reason::MasqReply as u32;
+    const _: () = assert!(Reason::Route as u32 <= FORWARDED && Reason::Masq as u32 <= FORWARDED && FORWARDED == 2);
+    // SAFETY: a field of the context.
+    if unsafe { (*skb).protocol } == IPV6 && verdict.counter() <= FORWARDED {
+        // The hop limit, one less: the second byte of its word.
+        packet.tell_sum(!u32::from(u16::from_ne_bytes([0, 1])));
+    }
+    if !verdict.is_to_resolve() {
+        // SAFETY: a helper without memory arguments.
+        return unsafe { bpf_redirect(ifindex, 0) as i32 };
+    }
+    let Some(next) = NEXT_HOP.get_ptr_mut(0) else { return TC_ACT_SHOT as i32 };
+    const _: () = assert!(size_of::<[u32; 5]>() == size_of::<bpf_redir_neigh>());
+    // SAFETY: a parameter block of the size given.
+    unsafe { bpf_redirect_neigh(ifindex, next as *mut bpf_redir_neigh, size_of::<bpf_redir_neigh>() as i32, 0) as i32 }
+}
+
+/// The whole of the program for packets that go out. Those that were forwarded have been seen when they came in.
+#[inline(always)]
+pub fn leave(skb: *mut __sk_buff) -> i32 {
+    // SAFETY: fields of the context.
+    let (from, protocol) = unsafe { ((*skb).ingress_ifindex, (*skb).protocol) };
+    if from != 0 || protocol != IPV4 && protocol != IPV6 {
+        return NEXT;
+    }
+    Skb::new(skb).pull();
+    let verdict = if protocol == IPV4 { tc_leave4(skb) } else { tc_leave6(skb) };
+    if verdict == UNTOUCHED {
+        return NEXT;
+    }
+    let verdict = Verdict::from_word(verdict);
+    maps::count_verdict(verdict);
+    if verdict.action() == Action::Drop { TC_ACT_SHOT as i32 } else { NEXT }
+}
+
+/// No verdict: the packet is not ours.
+const UNTOUCHED: u64 = 0;
+
+#[inline(always)]
+fn tables(skb: *mut __sk_buff) -> Option<Maps<'static, true>> {
+    // SAFETY: fields of the context.
+    let (ifindex, segment) = unsafe { ((*skb).ifindex, (*skb).gso_size) };
+    Maps::new(skb as *mut c_void, ifindex, segment == 0)
+}
+
+#[inline(always)]
+fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
+    let Some(maps) = tables(skb) else { return drop(Reason::Internal) };
+    match core::arrive(packet, &maps) {
+        Ok(4) => core::stages(|stage, number| {
+            Verdict::from_word(match stage {
+                Stage::Whole => tc_whole4(skb),
+                Stage::Retire => tc_retire4(skb),
+                Stage::First => tc_first4(skb),
+                Stage::Enter => tc_enter4(skb, number),
+                Stage::Link => tc_link4(skb, number),
+                Stage::MakeWay => tc_make_way4(skb, number),
+                Stage::GiveUp => tc_give_up4(skb, number),
+                Stage::TimeExceeded => tc_time_exceeded4(skb),
+                Stage::PortUnreachable => tc_port_unreachable4(skb),
+            })
+        }),
+        Ok(_) => core::stages(|stage, number| {
+            Verdict::from_word(match stage {
+                Stage::Whole => tc_whole6(skb),
+                Stage::Retire => tc_retire6(skb),
+                Stage::First => tc_first6(skb),
+                Stage::Enter => tc_enter6(skb, number),
+                Stage::Link => tc_link6(skb, number),
+                Stage::MakeWay => tc_make_way6(skb, number),
+                Stage::GiveUp => tc_give_up6(skb, number),
+                Stage::TimeExceeded => tc_time_exceeded6(skb),
+                Stage::PortUnreachable => tc_port_unreachable6(skb),
+            })
+        }),
+        Err(verdict) => verdict,
+    }
+}
+
+macro_rules! stages {
+    ($($name:ident($($number:ident)?) $family:ty, $stage:ident;)*) => { $(
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(skb: *mut __sk_buff $(, $number: u32)?) -> u64 {
+            let Some(maps) = tables(skb) else { return drop(Reason::Internal).word() };
+            let mut packet = Skb::new(skb);
+            if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable) {
+                packet.look_at_checksum::<$family>();
+            }
+            let number = 0 $(+ $number)?;
+            core::run::<$family, _, _>(&mut packet, &maps, Stage::$stage, number).word()
+        }
+    )* };
+}
+stages! {
+    tc_whole4() V4, Whole;
+    tc_whole6() V6, Whole;
+    tc_retire4() V4, Retire;
+    tc_retire6() V6, Retire;
+    tc_first4() V4, First;
+    tc_first6() V6, First;
+    tc_enter4(dest) V4, Enter;
+    tc_enter6(dest) V6, Enter;
+    tc_link4(place) V4, Link;
+    tc_link6(place) V6, Link;
+    tc_make_way4(place) V4, MakeWay;
+    tc_make_way6(place) V6, MakeWay;
+    tc_give_up4(place) V4, GiveUp;
+    tc_give_up6(place) V6, GiveUp;
+    tc_time_exceeded4() V4, TimeExceeded;
+    tc_time_exceeded6() V6, TimeExceeded;
+    tc_port_unreachable4() V4, PortUnreachable;
+    tc_port_unreachable6() V6, PortUnreachable;
+}
+
+macro_rules! leave {
+    ($name:ident, $family:ty) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(skb: *mut __sk_buff) -> u64 {
+            let Some(maps) = tables(skb) else { return UNTOUCHED };
+            core::leave::<$family, _, _>(&mut Skb::new(skb), &maps).map_or(UNTOUCHED, Verdict::word)
+        }
+    };
+}
+leave!(tc_leave4, V4);
+leave!(tc_leave6, V6);

@@ -1,0 +1,390 @@
+//! The data plane under test: its maps filled with one service, its programs run by `BPF_PROG_TEST_RUN` on this CPU. The timer is not
+//! started, so time stands still; the connection tables are reached through their mapping.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use rvs_datapath::abi::{Clock, Dest, Hop, Iface, ListEntry, Service, ServiceKey, dest, map, service};
+use rvs_datapath::ct;
+use rvs_datapath::sched::Kind;
+use rvs_sys::bpf::{Dataplane, Sizes, Table};
+
+pub const PASS: u32 = 2;
+pub const TX: u32 = 3;
+pub const REDIRECT: u32 = 4;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    Dr,
+    Nat,
+}
+
+/// IP version.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    V4,
+    V6,
+}
+
+impl Version {
+    /// `v4` if this is IPv4.
+    pub fn of<T>(self, v4: T, v6: T) -> T {
+        if self == Version::V4 { v4 } else { v6 }
+    }
+}
+
+/// How it is measured.
+pub struct Settings {
+    /// The object file with the programs.
+    pub object: Vec<u8>,
+    /// A folder on a BPF file system for the pins.
+    pub pins: PathBuf,
+    /// Packets of one run.
+    pub packets: u32,
+    /// Runs of each measurement.
+    pub runs: usize,
+    /// The device by which replies leave.
+    pub out: u32,
+}
+
+/// Which packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Frame {
+    Syn,
+    Ack,
+    /// An ACK of the server (NAT).
+    Reply,
+    /// An ACK to a port that is no service's.
+    NoService,
+    OtherMac,
+    Icmp,
+}
+
+/// In which order the flows come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// At random (each as likely as any other), from flows 0 to `n` - 1; `n` is a power of two.
+    Random(u64),
+    /// One after the other, from this one on.
+    From(u64),
+}
+
+/// One run.
+#[derive(Clone, Copy)]
+pub struct Case {
+    pub program: Program,
+    pub frame: Frame,
+    pub order: Order,
+    pub packets: u32,
+    /// XDP code of what should become of the packets.
+    pub expect: u32,
+    /// The share of packets that may go another way.
+    pub tolerance: f64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// Nothing but the flow generator.
+    Base,
+    /// The whole data plane.
+    Run,
+    /// A lookup in the LRU hash.
+    LruGet,
+    LruPut,
+}
+
+const PROGRAMS: [[&str; 5]; 2] = [
+    ["bench_base4", "bench_run4", "bench_get4", "bench_put4", "bench_sweep4"],
+    ["bench_base6", "bench_run6", "bench_get6", "bench_put6", "bench_sweep6"],
+];
+const SWEEP: usize = 4;
+
+/// Words of the map BENCH, see the programs.
+const SERVERS_AT: usize = 5;
+const COUNTS_AT: usize = 8;
+/// Flows that new connections come from: all that addresses and ports allow.
+pub const ANY_FLOW: u64 = 1 << 30;
+
+const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const CLIENTS: [u8; 4] = [10, 0, 0, 0];
+const VIP: [u8; 4] = [192, 0, 2, 1];
+/// Servers are the eight addresses from here on.
+const SERVERS: [u8; 4] = [172, 16, 0, 1];
+const VIP_PORT: u16 = 80;
+const SERVER_PORT: u16 = 8080;
+const DESTS: u32 = 8;
+const NOW_S: u32 = 10_000;
+
+/// 2001:db8:: with these last bytes for IPv6.
+fn address(version: Version, last: [u8; 4]) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    match version {
+        Version::V4 => bytes[..4].copy_from_slice(&last),
+        Version::V6 => {
+            bytes[..4].copy_from_slice(&[0x20, 0x01, 0x0d, 0xb8]);
+            bytes[12..].copy_from_slice(&last);
+        }
+    }
+    bytes
+}
+
+pub struct Rig<'a> {
+    settings: &'a Settings,
+    pub plane: Dataplane,
+    bench: Table<[u64; 32]>,
+    pins: PathBuf,
+    pub version: Version,
+    pub method: Method,
+    pub flows: u32,
+    seed: u64,
+    /// Time that a call takes beside the packets.
+    call_ns: f64,
+}
+
+impl<'a> Rig<'a> {
+    /// Tables for `flows` flows at half load (NAT: two entries a flow), and an LRU hash of `flows` entries.
+    pub fn new(settings: &'a Settings, version: Version, method: Method, flows: u32) -> Result<Rig<'a>> {
+        let entries = if method == Method::Nat { 2 * flows } else { flows };
+        let sizes = Sizes { flows4: version.of(entries, 1), flows6: version.of(1, entries), ..Sizes::default() };
+        let name = format!("{}-{}-{flows}", version.of("v4", "v6"), if method == Method::Nat { "nat" } else { "dr" });
+        let pins = settings.pins.join(name);
+        // An LRU hash of fewer can't insert.
+        let lru = flows.max(1024);
+        let own = [("BENCH", 1), ("LRU4", version.of(lru, 1024)), ("LRU6", version.of(1024, lru))];
+        let plane = Dataplane::load(&settings.object, &pins, &sizes, &PROGRAMS[version.of(0, 1)], &own)?;
+        let bench = plane.own_table("BENCH")?;
+        let mut rig = Rig { settings, plane, bench, pins, version, method, flows, seed: 1, call_ns: 0.0 };
+        rig.configure()?;
+        rig.call_ns = rig.time_of_a_call()?;
+        Ok(rig)
+    }
+
+    /// One service, eight dests by rr.
+    fn configure(&mut self) -> Result<()> {
+        let maps = &mut self.plane.maps;
+        maps.clock.set(0, Clock { now_s: NOW_S, ..Clock::default() })?;
+        maps.ifaces.set(1, Iface { ifindex: 1, mac: OURS, flags: 0, mtu: 1500 })?;
+        maps.lists.set(0, ListEntry { dest: 1, weight: 1 })?;
+        for i in 1..=DESTS {
+            maps.lists.set(i, ListEntry { dest: i, weight: 1 })?;
+        }
+        let key = ServiceKey {
+            address: address(self.version, VIP),
+            port: VIP_PORT,
+            protocol: 6,
+            family: self.version.of(4, 6),
+        };
+        let s = Service {
+            list: u64::from(DESTS) << 32,
+            flags: service::LOCAL,
+            scheduler: Kind::Rr as u32,
+            key,
+            ..Service::default()
+        };
+        maps.services.set(1, s)?;
+        maps.keys.insert(key, 1)?;
+        self.leave_by(1)
+    }
+
+    /// Have requests leave by this interface. 1 is where they came in.
+    pub fn leave_by(&mut self, ifindex: u32) -> Result<()> {
+        let maps = &mut self.plane.maps;
+        maps.hops.set(1, Hop { macs: [0x0100_0002, 0x0002_0300, 0x0400_0000], ifindex })?;
+        let method = if self.method == Method::Nat { dest::MASQ } else { dest::ROUTE };
+        let flags = method | dest::AVAILABLE | self.version.of(0, dest::V6);
+        for i in 0..DESTS {
+            let mut last = SERVERS;
+            last[3] += i as u8;
+            let port = if self.method == Method::Nat { SERVER_PORT } else { 0 };
+            let out = u64::from(flags) | 1 << 32;
+            let d = Dest { out, address: address(self.version, last), port, mtu: 1500, service: 1 };
+            maps.dests.set(1 + i, d)?;
+        }
+        Ok(())
+    }
+
+    /// Further services, that no packet is for.
+    pub fn add_services(&mut self, count: u32) -> Result<()> {
+        for i in 0..count {
+            let last = (0xc612_0000 + i).to_be_bytes();
+            let key = ServiceKey {
+                address: address(self.version, last),
+                port: VIP_PORT,
+                protocol: 6,
+                family: self.version.of(4, 6),
+            };
+            self.plane.maps.keys.insert(key, u64::from(2 + i))?;
+        }
+        Ok(())
+    }
+
+    pub fn tick(&mut self, seconds: u32) -> Result<()> {
+        let mut clock = self.plane.maps.clock.get(0)?;
+        clock.now_s += seconds;
+        Ok(self.plane.maps.clock.set(0, clock)?)
+    }
+
+    fn name(&self, program: usize) -> &'static str {
+        PROGRAMS[self.version.of(0, 1)][program]
+    }
+
+    /// Verified instructions, and size in instructions and in bytes of machine code, of the whole data plane.
+    pub fn program_size(&mut self) -> Result<(u32, u32, u32)> {
+        let info = self.plane.xdp(self.name(Program::Run as usize))?.info()?;
+        let xlated = info.size_translated().unwrap_or(0) / 8;
+        Ok((info.verified_instruction_count().unwrap_or(0), xlated, info.size_jitted()))
+    }
+
+    fn time_of_a_call(&mut self) -> Result<f64> {
+        let frame = self.frame(Frame::Ack);
+        let mut best = f64::MAX;
+        for _ in 0..20 {
+            let started = Instant::now();
+            self.plane.test_run(self.name(Program::Base as usize), &frame, 1)?;
+            best = best.min(started.elapsed().as_nanos() as f64);
+        }
+        Ok(best)
+    }
+
+    /// Nanoseconds a packet, the harness included.
+    pub fn run(&mut self, case: &Case) -> Result<f64> {
+        let mut words = [0; 32];
+        match case.order {
+            Order::Random(n) => {
+                self.seed += 1;
+                words[..5].copy_from_slice(&[self.seed, 0x5851_f42d_4c95_7f2d, 0x1405_7b7e_f767_814f, 24, n - 1]);
+            }
+            Order::From(first) => words[..5].copy_from_slice(&[first.wrapping_sub(1), 1, 1, 0, u64::MAX >> 34]),
+        }
+        if case.frame == Frame::Reply {
+            words[SERVERS_AT] = u64::from(u32::from_be_bytes(SERVERS));
+        }
+        self.bench.set(0, words)?;
+        let (frame, name) = (self.frame(case.frame), self.name(case.program as usize));
+        let started = Instant::now();
+        let kernel = self.plane.test_run(name, &frame, case.packets)?.duration.as_nanos() as f64;
+        let wall = (started.elapsed().as_nanos() as f64 - self.call_ns) / f64::from(case.packets);
+        let counts = &self.bench.get(0)?[COUNTS_AT..];
+        let wrong = u64::from(case.packets).saturating_sub(counts[case.expect as usize]);
+        if wrong as f64 > case.tolerance * f64::from(case.packets) {
+            let codes = ["aborted", "drop", "pass", "tx", "redirect"];
+            let got: Vec<_> = codes.iter().zip(counts).map(|(name, n)| format!("{name} {n}")).collect();
+            bail!("{name}, {} flows: not what was to be measured: {}", self.flows, got.join(", "));
+        }
+        // The kernel says whole nanoseconds; the time of the call is finer, but has the set-up in it: what both allow.
+        Ok(wall.clamp(kernel, kernel + 1.0))
+    }
+
+    /// A packet of random flows among those that are known.
+    pub fn case(&self, program: Program, frame: Frame, expect: u32) -> Case {
+        let order = Order::Random(u64::from(self.flows));
+        Case { program, frame, order, packets: self.settings.packets, expect, tolerance: 0.01 }
+    }
+
+    /// Enter all flows: SYN and some ACKs of each, in blocks, so that few are half-open at a time. All flows are established by
+    /// enough packets then, and their words no longer change. (A reply tells the entry for replies what its flow has become, and
+    /// finds the way that they leave by. A half-open flow may go
+    /// for a later one of its block: see [`Rig::established`].)
+    pub fn fill(&mut self) -> Result<()> {
+        let block = (self.flows / 256).max(1);
+        for first in (0..self.flows).step_by(block as usize) {
+            let order = Order::From(u64::from(first));
+            for frame in [Frame::Syn, Frame::Ack, Frame::Ack, Frame::Ack, Frame::Ack, Frame::Reply] {
+                let expect = if frame == Frame::Reply { REDIRECT } else { TX };
+                if frame != Frame::Reply || self.method == Method::Nat {
+                    let case = self.case(Program::Run, frame, expect);
+                    self.run(&Case { order, packets: block, tolerance: 0.25, ..case })?;
+                }
+            }
+        }
+        let all = Case { order: Order::From(0), packets: self.flows, ..self.case(Program::LruPut, Frame::Ack, TX) };
+        self.run(&all).map(|_| ())
+    }
+
+    fn words(&self) -> &[std::sync::atomic::AtomicU64] {
+        let maps = &self.plane.maps;
+        self.version.of(maps.conns4.words(), maps.conns6.words())
+    }
+    pub fn slots(&self) -> u32 {
+        let buckets = self.words().len() / self.version.of(8, 16);
+        (buckets * self.version.of(4, 3)) as u32
+    }
+    /// Established flows in the table, and all entries.
+    pub fn established(&self) -> (u32, u32) {
+        let (step, ways) = self.version.of((2, 4), (5, 3));
+        let (mut established, mut all) = (0, 0);
+        for bucket in self.words().chunks(self.version.of(8, 16)) {
+            for way in 0..ways {
+                let control = bucket[way * step + step - 1].load(Relaxed);
+                all += u32::from(control != 0);
+                let one = control != 0 && control & ct::REVERSE == 0 && ct::state(control) == 1;
+                established += u32::from(one);
+            }
+        }
+        (established, all)
+    }
+    /// The connection table as it is, to be put back after a measurement that changes it.
+    pub fn snapshot(&self) -> Vec<u64> {
+        self.words().iter().map(|w| w.load(Relaxed)).collect()
+    }
+    pub fn restore(&self, snapshot: &[u64]) {
+        for (word, old) in self.words().iter().zip(snapshot) {
+            word.store(*old, Relaxed);
+        }
+    }
+
+    /// Nanoseconds of a whole sweep.
+    pub fn sweep(&mut self) -> Result<f64> {
+        let frame = self.frame(Frame::Ack);
+        let done = self.plane.test_run(self.name(SWEEP), &frame, 1)?;
+        if done.return_value != TX {
+            bail!("the sweep of {} flows did not come to its end (code {})", self.flows, done.return_value);
+        }
+        Ok(done.duration.as_nanos() as f64)
+    }
+
+    /// Bytes charged for the connection table and the LRU hash.
+    pub fn charged(&self) -> Result<(u64, u64)> {
+        let (conns, lru) = self.version.of((map::CONN4, "LRU4"), (map::CONN6, "LRU6"));
+        Ok((self.plane.charged(conns)?, self.plane.charged(lru)?))
+    }
+
+    fn frame(&self, frame: Frame) -> Vec<u8> {
+        let (protocol, len) =
+            (if frame == Frame::Icmp { self.version.of(1, 58) } else { 6 }, self.version.of(40u8, 20));
+        let mac = if frame == Frame::OtherMac { [2, 0, 0, 0, 0, 9] } else { OURS };
+        let (mut from, mut to) = (address(self.version, CLIENTS), address(self.version, VIP));
+        let mut ports = [0x8000, if frame == Frame::NoService { 81 } else { VIP_PORT }];
+        if frame == Frame::Reply {
+            (from, to, ports) = (address(self.version, SERVERS), from, [SERVER_PORT, 0x8000]);
+        }
+        let mut f = Vec::from(mac);
+        f.extend([2, 0, 0, 0, 0, 2]);
+        match self.version {
+            Version::V4 => {
+                f.extend([8, 0, 0x45, 0, 0, len, 0, 1, 0x40, 0, 64, protocol, 0x12, 0x34]);
+                f.extend([&from[..4], &to[..4]].concat());
+            }
+            Version::V6 => {
+                f.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, len, protocol, 64]);
+                f.extend([from, to].concat());
+            }
+        }
+        f.extend(ports.iter().flat_map(|p| p.to_be_bytes()));
+        let flags = if frame == Frame::Syn { 0x02 } else { 0x10 };
+        f.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0x56, 0x78, 0, 0]);
+        f.resize(f.len().next_multiple_of(8).max(60), 0);
+        f
+    }
+}
+
+impl Drop for Rig<'_> {
+    fn drop(&mut self) {
+        // The pins hold the memory of the maps.
+        if let Err(error) = std::fs::remove_dir_all(&self.pins).context("remove the pins") {
+            eprintln!("bench: {}: {error:#}", self.pins.display());
+        }
+    }
+}
