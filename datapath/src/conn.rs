@@ -518,14 +518,12 @@ pub fn link<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, pla
     let slot = slot_of(place);
     // If it has become another flow's meanwhile, the reverse entry leads nowhere, and goes when it is first met.
     let forward = ct::peek::<F, _>(c.table(), slot).control;
-    match reverse_key(c, key, forward) {
-        Some(reverse) => {
-            let rest = REVERSE | (slot as u64) << LINK_SHIFT | (class::HALF_OPEN as u64) << CLASS_SHIFT;
-            enter(c, &reverse, rest | (place >> 24) as u64 & ct::STATE, slot)
-        }
-        // The dest was taken away this instant.
-        None => Outcome::FULL,
-    }
+    // The dest was taken away this instant: no place.
+    let Some((address, port)) = c.dest_address(dest(forward)) else { return Outcome::FULL };
+    let port = if port == 0 { key.dport() } else { port };
+    let reverse = Key::new(F::words(address, F::source(&key.words)), port, key.sport(), ct::proto(forward));
+    let rest = REVERSE | (slot as u64) << LINK_SHIFT | (class::HALF_OPEN as u64) << CLASS_SHIFT;
+    enter(c, &reverse, rest | (place >> 24) as u64 & ct::STATE, slot)
 }
 
 /// Not without its replies: take a forward entry back. (Whoever touched it meanwhile does not matter: it goes as it is now.)
