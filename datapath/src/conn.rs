@@ -330,13 +330,18 @@ pub trait Conns<F: Addressing> {
     fn dest_address(&self, dest: u32) -> Option<(F::Addr, u16)>;
 
     // Methods, so that a BPF program can make functions of their own of them.
-    /// Insert; `cost` gets each entry that went for it, whatever the outcome.
+    /// Insert, and release whom it cost. `FULL` if it cost what is in slot `own`, the forward entry of a reverse one.
     #[inline(always)]
-    fn insert(&self, key: &Key<F::Words>, rest: u64, cost: impl FnMut(&Entry<F::Words>)) -> Outcome {
-        let mut paid = Cost::default();
-        let outcome = ct::insert::<F, _>(self.table(), key, rest, &mut paid);
-        paid.each(cost);
-        outcome
+    fn enter(&self, key: &Key<F::Words>, rest: u64, own: Slot) -> Outcome {
+        let mut cost = Cost::default();
+        let outcome = ct::insert::<F, _>(self.table(), key, rest, &mut cost);
+        if cost.lost.control != 0 {
+            self.release(&cost.lost);
+        }
+        if cost.evicted.control != 0 {
+            self.release(&cost.evicted);
+        }
+        cost.settle(outcome, own)
     }
     #[inline(always)]
     fn release(&self, entry: &Entry<F::Words>) {
@@ -489,7 +494,7 @@ pub fn open_forward<F: Addressing, C: Conns<F> + ?Sized>(
 ) -> Outcome {
     let rest = forward(c, key, dest, state) | if linked { LINKED } else { 0 };
     count(c, key.control | rest, 1);
-    let done = enter(c, key, rest, Slot::MAX);
+    let done = c.enter(key, rest, Slot::MAX);
     if !done.is_new() {
         count(c, key.control | rest, -1);
     }
@@ -523,7 +528,7 @@ pub fn link<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, pla
     let port = if port == 0 { key.dport() } else { port };
     let reverse = Key::new(F::words(address, F::source(&key.words)), port, key.sport(), ct::proto(forward));
     let rest = REVERSE | (slot as u64) << LINK_SHIFT | (class::HALF_OPEN as u64) << CLASS_SHIFT;
-    enter(c, &reverse, rest | (place >> 24) as u64 & ct::STATE, slot)
+    c.enter(&reverse, rest | (place >> 24) as u64 & ct::STATE, slot)
 }
 
 /// Not without its replies: take a forward entry back. (Whoever touched it meanwhile does not matter: it goes as it is now.)
@@ -564,18 +569,6 @@ pub fn make_way<F: Addressing, C: Conns<F> + ?Sized>(
         return None;
     }
     Some(slot | (generation as u32) << 24)
-}
-
-/// Insert, and account for whom it cost. `Full` if it cost what is in slot `own`, the forward entry of a reverse one.
-#[inline(always)]
-fn enter<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, rest: u64, own: Slot) -> Outcome {
-    let mut cost_own = false;
-    let outcome = c.insert(key, rest, |entry| {
-        c.release(entry);
-        // The release has taken the reverse entry too.
-        cost_own |= entry.slot == own;
-    });
-    if cost_own { Outcome::FULL } else { outcome }
 }
 
 /// A packet of the flow was seen: next state, age, packet count. Written only if that changes the word (once a second for a busy

@@ -197,11 +197,11 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
 
 #[inline(always)]
 fn link<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
-    let c = I::conns(t);
-    let done = conn::link::<I, _>(c, &flow.key, place);
+    let dest = conn::dest_at::<I, _>(I::conns(t), place);
+    let done = conn::link::<I, _>(I::conns(t), &flow.key, place);
     if done.is_new() {
         // Not before: a flow that is given up for its reply tuple was no connection.
-        t.count_connection(conn::dest_at(c, place));
+        t.count_connection(dest);
         Verdict::go(Stage::Whole, 0)
     } else if done.is_there() {
         Verdict::go(Stage::MakeWay, place)

@@ -457,14 +457,10 @@ pub struct Cost<W> {
 }
 
 impl<W> Cost<W> {
+    /// The outcome in the end: if the entry in slot `own` was evicted, all was in vain.
     #[inline(always)]
-    pub fn each(&self, mut f: impl FnMut(&Entry<W>)) {
-        if self.lost.control != 0 {
-            f(&self.lost);
-        }
-        if self.evicted.control != 0 {
-            f(&self.evicted);
-        }
+    pub fn settle(&self, outcome: Outcome, own: Slot) -> Outcome {
+        if self.evicted.control != 0 && self.evicted.slot == own { Outcome::FULL } else { outcome }
     }
 }
 

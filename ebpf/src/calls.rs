@@ -5,7 +5,7 @@
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::macros::btf_map;
 use rvs_datapath::conn;
-use rvs_datapath::ct::{self, Cost, Entry, Family, Key, Outcome, V4, V6};
+use rvs_datapath::ct::{self, Cost, Entry, Family, Key, Outcome, Slot, V4, V6};
 
 use crate::maps;
 
@@ -22,17 +22,18 @@ static SCRATCH4: PerCpuArray<Scratch<V4>, 1> = PerCpuArray::new();
 #[btf_map]
 static SCRATCH6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
 
+/// Which entry is to be released.
+const GIVEN: u32 = 0;
+const LOST: u32 = 1;
+const EVICTED: u32 = 2;
+
 macro_rules! calls {
-    ($family:ty, $scratch:ident, $table:path, $insert:ident, $release:ident,
+    ($family:ty, $scratch:ident, $table:path, $enter:ident, $release:ident,
      $insert_fn:ident, $room_fn:ident, $release_fn:ident) => {
         #[inline(always)]
-        pub fn $insert(
-            key: &Key<<$family as Family>::Words>,
-            rest: u64,
-            cost: impl FnMut(&Entry<<$family as Family>::Words>),
-        ) -> Outcome {
+        pub fn $enter(key: &Key<<$family as Family>::Words>, rest: u64, own: Slot) -> Outcome {
             let Some(s) = $scratch.get_ptr_mut(0) else { return Outcome::FULL };
-            // SAFETY: this CPU's own memory, see above; `cost` does not insert.
+            // SAFETY: this CPU's own memory, see above.
             unsafe {
                 (*s).insert = *key;
                 (*s).cost = Cost::default();
@@ -41,8 +42,13 @@ macro_rules! calls {
                     $room_fn();
                     outcome = Outcome::from_word($insert_fn(rest, 0));
                 }
-                (*s).cost.each(cost);
-                outcome
+                if (*s).cost.lost.control != 0 {
+                    $release_fn(LOST);
+                }
+                if (*s).cost.evicted.control != 0 {
+                    $release_fn(EVICTED);
+                }
+                (*s).cost.settle(outcome, own)
             }
         }
         #[unsafe(no_mangle)]
@@ -68,19 +74,26 @@ macro_rules! calls {
             let Some(s) = $scratch.get_ptr_mut(0) else { return };
             // SAFETY: as above.
             unsafe { (*s).release = *entry };
-            $release_fn();
+            $release_fn(GIVEN);
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $release_fn() -> u32 {
+        pub extern "C" fn $release_fn(which: u32) -> u32 {
             let Some(s) = $scratch.get_ptr_mut(0) else { return 1 };
             let Some(t) = $table() else { return 1 };
             // SAFETY: as above.
-            conn::release::<$family, _>(&t, unsafe { &(*s).release });
+            let entry = unsafe {
+                match which {
+                    LOST => (*s).cost.lost,
+                    EVICTED => (*s).cost.evicted,
+                    _ => (*s).release,
+                }
+            };
+            conn::release::<$family, _>(&t, &entry);
             0
         }
     };
 }
 
-calls!(V4, SCRATCH4, maps::table4, insert4, release4, conn4_insert, conn4_room, conn4_release);
-calls!(V6, SCRATCH6, maps::table6, insert6, release6, conn6_insert, conn6_room, conn6_release);
+calls!(V4, SCRATCH4, maps::table4, enter4, release4, conn4_insert, conn4_room, conn4_release);
+calls!(V6, SCRATCH6, maps::table6, enter6, release6, conn6_insert, conn6_room, conn6_release);

@@ -4,7 +4,7 @@ use aya_ebpf::Global;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg};
 use rvs_datapath::abi::{Clock, Config};
 use rvs_datapath::conn::{self, Addressing, Conns, Policy};
-use rvs_datapath::ct::{self, Bucket, Buckets, Entry, Family, Key, Outcome, Rank, Seed, V4, V6};
+use rvs_datapath::ct::{self, Bucket, Buckets, Entry, Family, Key, Outcome, Rank, Seed, Slot, V4, V6};
 
 use crate::calls;
 use crate::maps;
@@ -120,7 +120,7 @@ buckets!(V4, 8, MASK4);
 buckets!(V6, 16, MASK6);
 
 macro_rules! conns {
-    ($family:ty, $insert:path, $release:path) => {
+    ($family:ty, $enter:path, $release:path) => {
         impl Conns<$family> for Table<'_, $family> {
             type Table = Self;
             #[inline(always)]
@@ -144,13 +144,8 @@ macro_rules! conns {
                 maps::dest_address::<$family>(dest)
             }
             #[inline(always)]
-            fn insert(
-                &self,
-                key: &Key<<$family as Family>::Words>,
-                rest: u64,
-                cost: impl FnMut(&Entry<<$family as Family>::Words>),
-            ) -> Outcome {
-                $insert(key, rest, cost)
+            fn enter(&self, key: &Key<<$family as Family>::Words>, rest: u64, own: Slot) -> Outcome {
+                $enter(key, rest, own)
             }
             #[inline(always)]
             fn release(&self, entry: &Entry<<$family as Family>::Words>) {
@@ -159,5 +154,5 @@ macro_rules! conns {
         }
     };
 }
-conns!(V4, calls::insert4, calls::release4);
-conns!(V6, calls::insert6, calls::release6);
+conns!(V4, calls::enter4, calls::release4);
+conns!(V6, calls::enter6, calls::release6);
