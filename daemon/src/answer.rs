@@ -73,13 +73,13 @@ fn status(d: &Director) -> Result<Status, BpfError> {
             connections += u64::from(c.active) + u64::from(c.inactive);
         }
     }
-    let buckets = d.dataplane.maps.conns4.buckets();
     Ok(Status {
         ready: true,
         rvsd: env!("CARGO_PKG_VERSION").to_owned(),
         ipvs_version: [1, 2, 1],
-        // Listings show the number of hash buckets.
-        conn_table_size: buckets,
+        // What listings show as `size=`: the kernel's default number of hash buckets, since scripts compare that line. Ours is fixed
+        // by --conns and has nothing to do with how fast a connection is found.
+        conn_table_size: 4096,
         pid: std::process::id(),
         uptime_s: d.uptime().as_secs(),
         services: u32::try_from(d.model.service_count()).unwrap_or(u32::MAX),
