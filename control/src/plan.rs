@@ -629,6 +629,14 @@ impl Planner {
         step
     }
 
+    /// Is a real server that is this host served by NAT?
+    pub fn has_local_masq(&self) -> bool {
+        self.dests.values().any(|m| {
+            let flags = m.record.out as u32;
+            flags & flag::LOCAL != 0 && flags & flag::METHOD == flag::MASQ && flags & flag::AVAILABLE != 0
+        })
+    }
+
     /// Put the way to `address` into a dest's record.
     fn point(&self, record: &mut abi::Dest, address: IpAddr) {
         let way = self.ways.get(&address);

@@ -59,10 +59,7 @@ fn or_refused(body: Result<ResponseBody, BpfError>) -> ResponseBody {
 
 fn verdicts(d: &Director) -> Result<Vec<DropRow>, BpfError> {
     let counts = d.dataplane.maps.verdicts()?;
-    Ok(Reason::ALL
-        .iter()
-        .map(|r| DropRow { reason: r.name().to_owned(), packets: counts[*r as usize] })
-        .collect())
+    Ok(Reason::ALL.iter().map(|r| DropRow { reason: r.name().to_owned(), packets: counts[*r as usize] }).collect())
 }
 
 fn status(d: &Director) -> Result<Status, BpfError> {
@@ -153,13 +150,16 @@ impl Counted<'_> {
         let mut all = Vec::new();
         let mut total = Stats::default();
         for (key, service) in self.0.model.services() {
-            let stats = self.service_stats(key).unwrap_or_default();
-            total = combine(total, stats, u64::wrapping_add);
-            all.push((What::Service(*key), stats));
+            let Some(index) = self.0.planner.service_index(key) else { continue };
+            let mut sum = Stats::default();
             for dest in service.dests() {
-                let (shown, _) = self.dest_stats(key, &dest.key).unwrap_or_default();
+                let (shown, adds) = self.dest_stats(key, &dest.key).unwrap_or_default();
+                sum = combine(sum, adds, u64::wrapping_add);
                 all.push((What::Dest(*key, dest.key), shown));
             }
+            let stats = self.0.dataplane.maps.stats_of_service(index, sum).unwrap_or_default();
+            total = combine(total, stats, u64::wrapping_add);
+            all.push((What::Service(*key), stats));
         }
         all.push((What::Total, total));
         all
@@ -246,11 +246,7 @@ fn slice(at: &mut u32, end: u32) -> Range<u32> {
 
 fn row(d: &Director, f: &Flow) -> ConnRow {
     let address = |bytes: &[u8; 16]| {
-        if f.family == 4 {
-            IpAddr::from([bytes[0], bytes[1], bytes[2], bytes[3]])
-        } else {
-            IpAddr::from(*bytes)
-        }
+        if f.family == 4 { IpAddr::from([bytes[0], bytes[1], bytes[2], bytes[3]]) } else { IpAddr::from(*bytes) }
     };
     let (addr, port) = d.planner.dest_address(f.dest).unwrap_or((address(&[0; 16]), 0));
     ConnRow {

@@ -186,6 +186,8 @@ pub fn shown(error: &dyn std::error::Error) -> String {
 pub enum StartError {
     #[error(transparent)]
     Bpf(#[from] BpfError),
-    #[error("the pinned maps can't be taken over: {0}; stop forwarding by removing the pin folder, or use another (--pin)")]
+    #[error(
+        "the pinned maps can't be taken over: {0}; stop forwarding by removing the pin folder, or use another (--pin)"
+    )]
     Restore(#[from] RestoreError),
 }

@@ -78,8 +78,8 @@ async fn run(options: Options) -> Result<(), String> {
     let net = Netlink::open().map_err(|e| shown(&e))?;
     let mut network = network::Network::new(net, director.clone(), options.interfaces.clone());
     network.start().await?;
-    let listener = socket::listen(&options.socket)
-        .map_err(|e| format!("control socket {}: {e}", options.socket.display()))?;
+    let listener =
+        socket::listen(&options.socket).map_err(|e| format!("control socket {}: {e}", options.socket.display()))?;
     let changed = Rc::new(Notify::new());
     let checked = Rc::new(Notify::new());
     tokio::task::spawn_local(socket::serve(listener, director.clone(), changed.clone()));
@@ -129,7 +129,7 @@ fn ready(socket: &Path, pin: &Path, d: &Director, adopted: bool) {
 async fn ticks(director: Rc<RefCell<Director>>, checked: Rc<Notify>) {
     let mut second = tokio::time::interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut n = 0u64;
+    let (mut n, mut seen) = (0u64, 0);
     loop {
         second.tick().await;
         let mut d = director.borrow_mut();
@@ -140,7 +140,10 @@ async fn ticks(director: Rc<RefCell<Director>>, checked: Rc<Notify>) {
             let all = answer::Counted(&d).all();
             d.estimator.tick(all.into_iter());
         }
-        if n.is_multiple_of(10) {
+        // Soon after the first services, and then every minute.
+        let services = d.model.service_count();
+        if services != seen || n.is_multiple_of(60) {
+            seen = services;
             checked.notify_one();
         }
         n += 1;
@@ -187,9 +190,12 @@ async fn stopped() -> Result<(), String> {
     let say = |e: std::io::Error| format!("signals: {e}");
     let mut terminate = signal(SignalKind::terminate()).map_err(say)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(say)?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let mut hangup = signal(SignalKind::hangup()).map_err(say)?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => tracing::info!("SIGHUP: there is no configuration file to read again"),
+        }
     }
-    Ok(())
 }

@@ -23,6 +23,10 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// Everything is read anew this often even if netlink says nothing (neighbours that only probing keeps).
 const REFRESH: Duration = Duration::from_secs(30);
 
+/// Neighbours that the kernel is asked to keep known: half of what its table holds by default (`gc_thresh3`), since it refuses all others
+/// when that is full.
+const KEEP_MAX: usize = 512;
+
 pub struct Network {
     net: Netlink,
     director: Rc<RefCell<Director>>,
@@ -31,6 +35,8 @@ pub struct Network {
     kept: BTreeSet<(u32, IpAddr)>,
     /// Interfaces with the program, and how.
     attached: BTreeMap<u32, (String, Hook)>,
+    /// ... and those with the egress program too.
+    outgoing: BTreeSet<u32>,
 }
 
 /// What has to be read again.
@@ -41,7 +47,15 @@ struct Stale {
 
 impl Network {
     pub fn new(net: Netlink, director: Rc<RefCell<Director>>, wanted: Vec<Interface>) -> Self {
-        Network { net, director, wanted, routes: BTreeMap::new(), kept: BTreeSet::new(), attached: BTreeMap::new() }
+        Network {
+            net,
+            director,
+            wanted,
+            routes: BTreeMap::new(),
+            kept: BTreeSet::new(),
+            attached: BTreeMap::new(),
+            outgoing: BTreeSet::new(),
+        }
     }
 
     /// The first look, before the director is ready. Interfaces that were asked for by name must be there.
@@ -50,12 +64,8 @@ impl Network {
     /// One line each: what could not be read, or attached.
     pub async fn start(&mut self) -> Result<(), String> {
         let links = self.net.links().await.map_err(|e| shown(&e))?;
-        let missing: Vec<&str> = self
-            .wanted
-            .iter()
-            .map(|w| w.name.as_str())
-            .filter(|name| !links.iter().any(|l| l.name == *name))
-            .collect();
+        let missing: Vec<&str> =
+            self.wanted.iter().map(|w| w.name.as_str()).filter(|name| !links.iter().any(|l| l.name == *name)).collect();
         if !missing.is_empty() {
             let there: Vec<&str> = links.iter().filter(|l| !l.loopback).map(|l| l.name.as_str()).collect();
             return Err(format!("no interface {}; there are: {}", missing.join(", "), there.join(", ")));
@@ -131,14 +141,44 @@ impl Network {
         }
         self.keep(&links).await;
         let neighbours = self.net.neighbours().await.map_err(say)?;
-        let fdb = if links.iter().any(|l| l.kind == "bridge") { self.net.fdb().await.map_err(say)? } else { Vec::new() };
+        let fdb =
+            if links.iter().any(|l| l.kind == "bridge") { self.net.fdb().await.map_err(say)? } else { Vec::new() };
         let ways = self.ways(&links, &neighbours, &fdb);
-        self.director.borrow_mut().ways(ways).map_err(|e| shown(&e))
+        self.director.borrow_mut().ways(ways).map_err(|e| shown(&e))?;
+        self.replies_of_local_servers();
+        Ok(())
+    }
+
+    /// Replies of real servers that are this host (NAT) leave by the host's own sockets: they are translated at tc egress.
+    fn replies_of_local_servers(&mut self) {
+        if !self.director.borrow().planner.has_local_masq() {
+            return;
+        }
+        for (ifindex, (name, _)) in &self.attached {
+            if self.outgoing.contains(ifindex) {
+                continue;
+            }
+            let port = Port { name, ifindex: *ifindex };
+            match self.director.borrow_mut().dataplane.attach(port, Hook::TcOut) {
+                Ok(_) => drop(self.outgoing.insert(*ifindex)),
+                Err(error) => {
+                    tracing::warn!(interface = name, error = %shown(&error), "replies of local real servers stay untranslated");
+                }
+            }
+        }
     }
 
     /// Neighbours on the way are kept known by the kernel.
     async fn keep(&mut self, links: &[Link]) {
-        let keep = nexthop::all_to_keep(self.routes.iter().map(|(a, r)| (*a, r)), links);
+        let mut keep = nexthop::all_to_keep(self.routes.iter().map(|(a, r)| (*a, r)), links);
+        if keep.len() > KEEP_MAX {
+            tracing::warn!(
+                wanted = keep.len(),
+                kept = KEEP_MAX,
+                "too many neighbours to keep known; the rest is found as packets come"
+            );
+            keep = keep.into_iter().take(KEEP_MAX).collect();
+        }
         for (ifindex, ip) in keep.difference(&self.kept) {
             if let Err(error) = self.net.keep_neighbour(*ifindex, *ip).await {
                 tracing::warn!(%ip, ifindex, error = %shown(&error), "a neighbour can't be kept known");
@@ -201,6 +241,7 @@ impl Network {
     /// Put the program on interfaces that should have it, take note of MAC addresses.
     fn interfaces(&mut self, links: &[Link], first: bool) -> Result<(), String> {
         self.attached.retain(|ifindex, _| links.iter().any(|l| l.ifindex == *ifindex));
+        self.outgoing.retain(|ifindex| links.iter().any(|l| l.ifindex == *ifindex));
         for link in links.iter().filter(|l| l.ethernet && !l.loopback) {
             let Some(mode) = self.mode_for(link) else { continue };
             if !self.attached.contains_key(&link.ifindex) {

@@ -70,9 +70,10 @@ pub struct Config {
     /// Buckets - 1 of CONN4 and CONN6.
     pub mask4: u32,
     pub mask6: u32,
-    /// Bits [`config`].
+    /// Settings to come.
     pub flags: u32,
-    pub pad: u32,
+    /// `Clock::ticks` when the policy's epoch was turned last.
+    pub turned_at: u32,
     /// `--set` in seconds, as typed: tcp, tcpfin, udp, and one spare.
     pub timeouts_s: [u32; 4],
 }

@@ -275,6 +275,9 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
 fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) -> Verdict {
     if masq {
         let port = if d.port == 0 { flow.key.dport() } else { d.port };
+        if I::martian(I::from_bytes(&d.address)) {
+            return drop(Reason::LoopbackDest);
+        }
         if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, I::from_bytes(&d.address), port, false) {
             return drop(Reason::Internal);
         }

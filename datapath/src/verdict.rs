@@ -182,6 +182,7 @@ reasons! {
     NoRoute "no_route" Drop "no route to the real server";
     TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second";
     NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
+    LoopbackDest "loopback_dest" Drop "the real server is a loopback address of this host, where no packet from outside may go: use -g, or another address";
     Internal "internal" Drop "a table of the data plane is missing an entry (a bug)";
 }
 

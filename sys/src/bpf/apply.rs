@@ -3,6 +3,7 @@
 use rvs_control::lists;
 use rvs_control::plan::{Dump, DumpedDest, DumpedService, MapOp};
 use rvs_datapath::abi::{self, Config, ServiceState, Stats};
+use rvs_datapath::conn::Timeouts;
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
@@ -102,15 +103,29 @@ impl Maps {
                 undo.push(Undo::Hop(*index, self.hops.get(*index)?));
                 self.hops.set(*index, *value)?;
             }
-            MapOp::Timeouts(t) => {
-                let before = self.config.get(0)?;
-                let after =
-                    Config { policy: before.policy.changed(t), timeouts_s: [t.tcp, t.tcp_fin, t.udp, 0], ..before };
-                undo.push(Undo::Config(Box::new(before)));
-                self.config.set(0, after)?;
-            }
+            MapOp::Timeouts(t) => self.timeouts(t, undo)?,
         }
         Ok(())
+    }
+
+    /// A timeout above half an hour changes the unit of ages, which takes a sweep; another such change has to wait for that.
+    fn timeouts(&mut self, t: &Timeouts, undo: &mut Vec<Undo>) -> Result<()> {
+        let (before, ticks) = (self.config.get(0)?, self.clock.get(0)?.ticks);
+        let policy = before.policy.changed(t);
+        let mut turned_at = before.turned_at;
+        if policy.epoch != before.policy.epoch {
+            let since = ticks.wrapping_sub(before.turned_at);
+            if before.turned_at != 0 && since <= 2 * abi::SWEEP_TICKS {
+                return Err(BpfError::Refused(
+                    "connections are still being brought over to the last change of timeouts: try again in 4 seconds"
+                        .into(),
+                ));
+            }
+            turned_at = ticks.max(1);
+        }
+        let timeouts_s = [t.tcp, t.tcp_fin, t.udp, 0];
+        undo.push(Undo::Config(Box::new(before)));
+        self.config.set(0, Config { policy, turned_at, timeouts_s, ..before })
     }
 
     /// The run first, then the list word, then the machines.

@@ -223,13 +223,7 @@ impl Dataplane {
     }
     /// The same without the timer, so that time stands still, and with the given programs of the object. `own`: maps that only this
     /// object has, and their sizes; they are pinned too.
-    pub fn load(
-        object: &[u8],
-        dir: &Path,
-        sizes: &Sizes,
-        programs: &[&str],
-        own: &[(&str, u32)],
-    ) -> Result<Dataplane> {
+    pub fn load(object: &[u8], dir: &Path, sizes: &Sizes, programs: &[&str], own: &[(&str, u32)]) -> Result<Dataplane> {
         std::fs::create_dir_all(dir).map_err(failed(format!("pin folder {}", dir.display())))?;
         let fresh = !dir.join(map::CONFIG).exists();
         let (mask4, mask6) = if fresh {
@@ -330,14 +324,7 @@ fn adopt(dir: &Path) -> Result<(u32, u32)> {
     Ok((config.mask4, config.mask6))
 }
 
-fn load(
-    object: &[u8],
-    dir: &Path,
-    s: &Sizes,
-    own: &[(&str, u32)],
-    mask4: u32,
-    mask6: u32,
-) -> Result<Ebpf> {
+fn load(object: &[u8], dir: &Path, s: &Sizes, own: &[(&str, u32)], mask4: u32, mask6: u32) -> Result<Ebpf> {
     let mut loader = EbpfLoader::new();
     loader.override_global("MASK4", &mask4, true).override_global("MASK6", &mask6, true);
     for (name, size) in [
@@ -396,7 +383,7 @@ impl Maps {
             let t = Timeouts::default();
             let policy = Policy::new(&t);
             let timeouts_s = [t.tcp, t.tcp_fin, t.udp, 0];
-            let c = Config { version: abi::VERSION, seed, policy, mask4, mask6, flags: 0, pad: 0, timeouts_s };
+            let c = Config { version: abi::VERSION, seed, policy, mask4, mask6, flags: 0, turned_at: 0, timeouts_s };
             config.set(0, c)?;
         }
         let c = config.get(0)?;
