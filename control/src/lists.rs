@@ -27,7 +27,8 @@ pub enum Change {
         with: u32,
         weight: u32,
     },
-    /// The service gets another scheduler (or the same anew): its machine starts from the beginning.
+    /// The service gets a scheduler, its first or another (`ip_vs_bind_scheduler`): the machine starts from the beginning. An edit that names
+    /// the scheduler that it has is no change.
     Scheduler,
 }
 

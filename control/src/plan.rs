@@ -112,6 +112,7 @@ pub enum PlanError {
 pub struct Step {
     pub ops: Vec<MapOp>,
     before: Vec<(ServiceKey, Option<Placed>)>,
+    mirrors: Vec<(u32, Option<Mirror>)>,
     was: Option<Box<Rest>>,
 }
 
@@ -271,34 +272,26 @@ impl Planner {
                 None => drop(self.services.remove(&key)),
             }
         }
+        for (index, mirror) in step.mirrors.into_iter().rev() {
+            self.forget(index);
+            if let Some(mirror) = mirror {
+                self.dests.insert(index, mirror);
+                self.by_address.entry(mirror.address).or_default().insert(index);
+            }
+        }
         if let Some(rest) = step.was {
             self.rest = *rest;
         }
-        self.remirror();
     }
 
     fn begin(&self) -> Step {
-        Step { ops: Vec::new(), before: Vec::new(), was: Some(Box::new(self.rest.clone())) }
+        Step { was: Some(Box::new(self.rest.clone())), ..Step::default() }
     }
 
     fn remember(&self, key: ServiceKey, step: &mut Step) {
         if !step.before.iter().any(|(k, _)| *k == key) {
             step.before.push((key, self.services.get(&key).cloned()));
         }
-    }
-
-    /// Dests that no service names any more are forgotten.
-    fn remirror(&mut self) {
-        let mut used: BTreeSet<u32> = self.rest.nameless.clone();
-        used.extend(self.rest.trash.values().map(|t| t.index));
-        for placed in self.services.values() {
-            for d in placed.dests.values() {
-                used.insert(d.index);
-                used.extend(&d.former);
-            }
-        }
-        let gone: Vec<u32> = self.dests.keys().copied().filter(|i| !used.contains(i)).collect();
-        gone.into_iter().for_each(|i| self.forget(i));
     }
 
     fn forget(&mut self, index: u32) {
@@ -467,6 +460,7 @@ impl Planner {
     fn trash(&mut self, key: ServiceKey, name: DestKey, dest: &PlacedDest, serial: u64, step: &mut Step) {
         for index in std::iter::once(dest.index).chain(dest.former.iter().copied()) {
             if let Some(mirror) = self.dests.get_mut(&index) {
+                step.mirrors.push((index, Some(*mirror)));
                 mirror.record.out &= !u64::from(flag::AVAILABLE);
                 step.ops.push(MapOp::Dest { index, value: mirror.record });
             }
@@ -511,7 +505,7 @@ impl Planner {
         step.ops.push(MapOp::DestInfo { index, value: info });
         step.ops.push(MapOp::Quiesced { index, quiesced: dest.weight == 0 });
         step.ops.push(MapOp::Dest { index, value: record });
-        self.dests.insert(index, Mirror { record, address });
+        step.mirrors.push((index, self.dests.insert(index, Mirror { record, address })));
         self.by_address.entry(address).or_default().insert(index);
     }
 

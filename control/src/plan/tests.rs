@@ -1,1 +1,347 @@
+//! The planner against maps in memory: whatever is asked, the maps say what the model says.
+
+use std::net::Ipv4Addr;
+
+use proptest::prelude::*;
+use rvs_datapath::abi::ServiceState;
+
 use super::*;
+use crate::model::{Command, Env, Proto, SchedFlags, ServiceSpec, Timeouts};
+
+struct Host;
+impl Env for Host {
+    fn is_local(&self, _: IpAddr) -> bool {
+        false
+    }
+    fn is_broadcast(&self, _: Ipv4Addr) -> bool {
+        false
+    }
+    fn interface_mtu(&self, _: &str) -> Option<u32> {
+        None
+    }
+}
+
+/// What the maps would hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Maps {
+    keys: BTreeMap<abi::ServiceKey, u64>,
+    services: BTreeMap<u32, abi::Service>,
+    state: BTreeMap<u32, ServiceState>,
+    lists: BTreeMap<u32, ListEntry>,
+    tables: BTreeMap<u32, u32>,
+    dests: BTreeMap<u32, abi::Dest>,
+    info: BTreeMap<u32, abi::DestInfo>,
+    hops: BTreeMap<u32, abi::Hop>,
+    quiesced: BTreeSet<u32>,
+    timeouts: [u32; 3],
+}
+
+impl Maps {
+    fn new() -> Self {
+        Maps { timeouts: [900, 120, 300], ..Maps::default() }
+    }
+
+    fn apply(&mut self, ops: &[MapOp]) {
+        for op in ops {
+            match op {
+                MapOp::Key { key, value: Some(value) } => {
+                    assert!(self.services.contains_key(&(*value as u32)), "a key before its service");
+                    self.keys.insert(*key, *value);
+                }
+                MapOp::Key { key, value: None } => drop(self.keys.remove(key)),
+                MapOp::Service { index, value, .. } => drop(self.services.insert(*index, *value)),
+                MapOp::List { service, old, change, first } => {
+                    let machines = self.state.get(service).copied().unwrap_or_default();
+                    let list = lists::List { entries: old.clone(), machines }.after(*change).unwrap();
+                    for (i, e) in list.run().iter().enumerate() {
+                        assert!(i == 0 || self.dests.contains_key(&e.dest), "a list before its dest");
+                        self.lists.insert(first + i as u32, *e);
+                    }
+                    let record = self.services.get_mut(service).unwrap();
+                    record.list = u64::from(*first) | (list.entries.len() as u64) << 32;
+                    self.state.insert(*service, list.machines);
+                }
+                MapOp::Table { service, first, places } => {
+                    self.tables.extend((*first..).zip(places.iter().copied()));
+                    let record = self.services.get_mut(service).unwrap();
+                    record.table = u64::from(*first) | (places.len() as u64) << 32;
+                }
+                MapOp::Dest { index, value } => drop(self.dests.insert(*index, *value)),
+                MapOp::DestInfo { index, value } => drop(self.info.insert(*index, *value)),
+                MapOp::Quiesced { index, quiesced: true } => drop(self.quiesced.insert(*index)),
+                MapOp::Quiesced { index, quiesced: false } => drop(self.quiesced.remove(index)),
+                MapOp::Hop { index, value } => drop(self.hops.insert(*index, *value)),
+                MapOp::Timeouts(t) => self.timeouts = [t.tcp, t.tcp_fin, t.udp],
+                MapOp::StatsIn { .. } | MapOp::StatsOut { .. } | MapOp::Zero { .. } => {}
+            }
+        }
+    }
+
+    fn list(&self, record: &abi::Service) -> Vec<ListEntry> {
+        let (first, count) = (record.list as u32, (record.list >> 32) as u32);
+        (1..=count).map(|i| self.lists[&(first + i)]).collect()
+    }
+
+    fn dump(&self) -> Dump {
+        let services = self.keys.values().map(|v| {
+            let index = *v as u32;
+            let record = self.services[&index];
+            DumpedService { index, record, list: self.list(&record) }
+        });
+        let dests = self.dests.iter().filter(|(_, d)| **d != abi::Dest::default());
+        Dump {
+            services: services.collect(),
+            dests: dests.map(|(i, d)| DumpedDest { index: *i, record: *d, info: self.info[i] }).collect(),
+            hops: self.hops.iter().map(|(i, h)| (*i, *h)).collect(),
+            timeouts_s: self.timeouts,
+        }
+    }
+}
+
+const CAPACITY: Capacity = Capacity { services: 8, dests: 40, lists: 400, tables: 40_000, hops: 40 };
+
+/// Model, planner and maps, moved together.
+struct World {
+    model: Model,
+    planner: Planner,
+    maps: Maps,
+    now_ms: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        World { model: Model::new(), planner: Planner::new(&CAPACITY), maps: Maps::new(), now_ms: 0 }
+    }
+
+    /// True: it was accepted. `fail`: the maps refuse it.
+    fn command(&mut self, command: &Command, fail: bool) -> bool {
+        self.now_ms += 100;
+        self.planner.tick(self.now_ms);
+        let Ok(change) = self.model.apply(command, &Host) else { return false };
+        match self.planner.change(&self.model, &change, self.now_ms) {
+            Ok(step) if fail => {
+                self.planner.undo(step);
+                self.model.revert(change);
+                false
+            }
+            Ok(step) => {
+                self.maps.apply(&step.ops);
+                true
+            }
+            Err(_) => {
+                self.model.revert(change);
+                false
+            }
+        }
+    }
+
+    /// The maps say what the model says, and nothing is used twice.
+    fn check(&self) {
+        let mut used = BTreeSet::new();
+        let mut places = BTreeSet::new();
+        assert_eq!(self.maps.keys.len(), self.model.service_count());
+        for (key, service) in self.model.services() {
+            let index = self.maps.keys[&abi_key(key)] as u32;
+            assert_eq!(self.planner.service_index(key), Some(index));
+            let record = &self.maps.services[&index];
+            let list = self.maps.list(record);
+            let dests: Vec<&Dest> = service.dests().collect();
+            assert_eq!(list.len(), dests.len());
+            for place in record.list as u32..=record.list as u32 + list.len() as u32 {
+                assert!(places.insert(place), "list entry {place} is two services'");
+            }
+            for (entry, dest) in list.iter().zip(dests) {
+                assert!(used.insert(entry.dest), "dest {} is in two places", entry.dest);
+                let there = self.maps.dests[&entry.dest];
+                assert_eq!((there.address, there.port), (bytes(dest.key.addr), dest.key.port));
+                assert_eq!(there.out as u32 & flag::METHOD, method_bits(dest.method));
+                assert_ne!(there.out as u32 & flag::AVAILABLE, 0);
+                assert_eq!(entry.weight, dest.weight);
+                assert_eq!(self.maps.info[&entry.dest].weight, dest.weight);
+                assert_eq!(self.maps.quiesced.contains(&entry.dest), dest.weight == 0);
+                assert_eq!(there.service, index);
+            }
+            if service.config.scheduler == Some(Scheduler::Mh) {
+                let (first, size) = (record.table as u32, (record.table >> 32) as u32);
+                assert_eq!(size, mh::SIZE);
+                let own: BTreeSet<u32> = list.iter().map(|e| e.dest).chain([0]).collect();
+                assert!((first..first + size).all(|i| own.contains(&self.maps.tables[&i])));
+            } else {
+                assert_eq!(record.table, 0);
+            }
+        }
+        for index in self.planner.trashed() {
+            assert!(!used.contains(&index), "dest {index} is out of use and in a list");
+            assert!(self.planner.dest_address(index).is_some());
+        }
+    }
+}
+
+fn ip(n: u8) -> IpAddr {
+    IpAddr::from([10, 0, 0, n])
+}
+
+fn service(n: u16) -> ServiceKey {
+    ServiceKey::Virtual { proto: Proto::Tcp, addr: IpAddr::from([192, 0, 2, 1]), port: 80 + n }
+}
+
+fn spec(scheduler: &str) -> ServiceSpec {
+    ServiceSpec {
+        scheduler: scheduler.into(),
+        sched_flags: SchedFlags::NONE,
+        persistence_s: None,
+        granularity: Granularity::V4(Ipv4Addr::BROADCAST),
+        engine: None,
+        one_packet: false,
+    }
+}
+
+fn dest(n: u8, weight: u32, masq: bool) -> Dest {
+    let method = if masq { FwdMethod::Masq } else { FwdMethod::Route };
+    Dest { key: DestKey { addr: ip(n), port: 80 }, method, weight, upper: 0, lower: 0 }
+}
+
+fn any_command() -> impl Strategy<Value = Command> {
+    let key = || (0u16..4).prop_map(service);
+    let dest = || (1u8..8, 0u32..4, any::<bool>()).prop_map(|(n, w, m)| dest(n, w, m));
+    let sched = || prop_oneof![Just("rr"), Just("wrr"), Just("wlc"), Just("mh")].prop_map(spec);
+    prop_oneof![
+        4 => (key(), sched()).prop_map(|(k, s)| Command::AddService(k, s)),
+        2 => (key(), sched()).prop_map(|(k, s)| Command::EditService(k, s)),
+        1 => key().prop_map(Command::DelService),
+        8 => (key(), dest()).prop_map(|(k, d)| Command::AddDest(k, d)),
+        4 => (key(), dest()).prop_map(|(k, d)| Command::EditDest(k, d)),
+        4 => (key(), dest()).prop_map(|(k, d)| Command::DelDest(k, d.key)),
+        1 => Just(Command::Flush),
+        1 => (1u32..5000).prop_map(|udp_s| Command::SetTimeouts(Timeouts { tcp_s: 0, tcp_fin_s: 0, udp_s })),
+    ]
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Command(Command, bool),
+    /// Of the indexes that are out of use these are idle (by their number in the list).
+    Idle(BTreeSet<usize>),
+    Ways(BTreeMap<u8, Option<u32>>),
+    Restart,
+}
+
+fn any_op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        12 => (any_command(), prop::bool::weighted(0.1)).prop_map(|(c, f)| Op::Command(c, f)),
+        2 => prop::collection::btree_set(0usize..8, 0..4).prop_map(Op::Idle),
+        2 => prop::collection::btree_map(1u8..8, prop::option::of(2u32..5), 0..6).prop_map(Op::Ways),
+        1 => Just(Op::Restart),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn the_maps_say_what_the_model_says(ops in prop::collection::vec(any_op(), 1..80)) {
+        let mut w = World::new();
+        for op in ops {
+            match op {
+                Op::Command(command, fail) => {
+                    let maps = w.maps.clone();
+                    if !w.command(&command, fail) {
+                        prop_assert_eq!(&w.maps, &maps);
+                    }
+                }
+                Op::Idle(which) => {
+                    let trashed: Vec<u32> = w.planner.trashed().collect();
+                    let idle = which.iter().filter_map(|i| trashed.get(*i)).copied().collect();
+                    let step = w.planner.idle(&idle);
+                    w.maps.apply(&step.ops);
+                }
+                Op::Ways(ways) => {
+                    let ways = ways.into_iter().map(|(n, hop)| {
+                        (ip(n), hop.map_or(Way::Local, |h| Way::Hop { macs: [h, 0, 0], ifindex: h, mtu: 1500 }))
+                    });
+                    w.now_ms += 100;
+                    w.planner.tick(w.now_ms);
+                    let step = w.planner.ways(ways.collect(), w.now_ms);
+                    w.maps.apply(&step.ops);
+                    for d in w.maps.dests.values().filter(|d| **d != abi::Dest::default()) {
+                        let hop = (d.out >> 32) as u32;
+                        let there = (hop != 0).then(|| w.maps.hops[&hop].ifindex);
+                        let want = match w.planner.ways.get(&IpAddr::from([d.address[0], d.address[1], d.address[2], d.address[3]])) {
+                            Some(Way::Hop { ifindex, .. }) => Some(*ifindex),
+                            _ => None,
+                        };
+                        prop_assert_eq!(there, want);
+                    }
+                }
+                Op::Restart => {
+                    let (model, planner) = Planner::restore(&w.maps.dump(), &CAPACITY).unwrap();
+                    prop_assert_eq!(save(&model), save(&w.model));
+                    (w.model, w.planner) = (model, planner);
+                }
+            }
+            w.check();
+        }
+    }
+}
+
+/// What `ipvsadm -S` would show, in the order of services and dests.
+fn save(model: &Model) -> Vec<String> {
+    let mut lines = vec![format!("{:?}", model.timeouts())];
+    for (key, service) in model.services_by_age() {
+        lines.push(format!("{key:?} {:?}", service.config));
+        lines.extend(service.dests().map(|d| format!("{d:?}")));
+    }
+    lines
+}
+
+#[test]
+fn a_dest_added_again_gets_its_index_back_and_one_that_is_idle_does_not() {
+    let mut w = World::new();
+    assert!(w.command(&Command::AddService(service(0), spec("rr")), false));
+    assert!(w.command(&Command::AddDest(service(0), dest(1, 1, true)), false));
+    let index = |w: &World| w.planner.dest_indexes(&service(0), &dest(1, 1, true).key).unwrap().0;
+    let first = index(&w);
+    assert!(w.command(&Command::DelDest(service(0), dest(1, 1, true).key), false));
+    assert_eq!(w.maps.dests[&first].out as u32 & flag::AVAILABLE, 0, "its connections are dropped");
+    assert!(w.command(&Command::AddDest(service(0), dest(1, 1, true)), false));
+    assert_eq!(index(&w), first);
+    // Another method is another dest for the connections there are.
+    assert!(w.command(&Command::EditDest(service(0), dest(1, 1, false)), false));
+    assert_ne!(index(&w), first);
+    assert_eq!(w.planner.dest_indexes(&service(0), &dest(1, 1, false).key).unwrap().1, [first]);
+    assert_ne!(w.maps.dests[&first].out as u32 & flag::AVAILABLE, 0, "they go on");
+    let step = w.planner.idle(&BTreeSet::from([first]));
+    w.maps.apply(&step.ops);
+    assert_eq!(w.planner.dest_indexes(&service(0), &dest(1, 1, false).key).unwrap().1, [0u32; 0]);
+    assert_eq!(w.maps.dests[&first], abi::Dest::default());
+    w.check();
+}
+
+#[test]
+fn no_room_is_said_and_changes_nothing() {
+    let mut w = World::new();
+    for n in 0..CAPACITY.services as u16 {
+        assert!(w.command(&Command::AddService(service(n), spec("rr")), false));
+    }
+    let change = w.model.apply(&Command::AddService(service(99), spec("rr")), &Host).unwrap();
+    let error = w.planner.change(&w.model, &change, w.now_ms).unwrap_err();
+    assert_eq!(error.to_string(), "no room for another service: rvsd was started for 8");
+    w.model.revert(change);
+    w.check();
+    // The room of one that left is used again after the grace period.
+    assert!(w.command(&Command::DelService(service(3)), false));
+    assert!(w.command(&Command::AddService(service(99), spec("mh")), false));
+    w.check();
+}
+
+#[test]
+fn local_addresses_open_and_close_services() {
+    let mut w = World::new();
+    assert!(w.command(&Command::AddService(service(0), spec("rr")), false));
+    let flags = |w: &World| w.maps.services[&0].flags & service_flag::LOCAL;
+    assert_eq!(flags(&w), 0);
+    for (locals, expected) in [(vec![IpAddr::from([192, 0, 2, 1])], service_flag::LOCAL), (vec![], 0)] {
+        let step = w.planner.locals(locals.into_iter().collect());
+        w.maps.apply(&step.ops);
+        assert_eq!(flags(&w), expected);
+    }
+}
