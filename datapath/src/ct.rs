@@ -730,6 +730,19 @@ pub enum Look {
     Change(u64),
 }
 
+/// Free an entry if it still is as it was read.
+#[inline(always)]
+pub fn free<F: Family, T: Buckets<F>>(t: &T, entry: &Entry<F::Words>) -> bool {
+    let (number, way) = t.place(entry.slot);
+    t.bucket(number).cas(way * (F::KEYS + 1) + F::KEYS, entry.control, 0)
+}
+
+/// The entry in one way of a bucket.
+#[inline(always)]
+pub fn entry<F: Family, T: Buckets<F>>(t: &T, number: u32, way: usize) -> Entry<F::Words> {
+    entry_at::<F, _>(&t.bucket(number), number & t.mask(), way)
+}
+
 /// All entries of a bucket, for lists and tests.
 pub fn entries<F: Family, T: Buckets<F>>(t: &T, number: u32) -> impl Iterator<Item = Entry<F::Words>> + '_ {
     (0..F::WAYS).map(move |way| entry_at::<F, _>(&t.bucket(number), number, way)).filter(|e| e.control != 0)

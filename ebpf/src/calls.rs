@@ -29,7 +29,7 @@ const EVICTED: u32 = 2;
 
 macro_rules! calls {
     ($family:ty, $scratch:ident, $table:path, $enter:ident, $release:ident,
-     $insert_fn:ident, $room_fn:ident, $release_fn:ident) => {
+     $insert_fn:ident, $room_fn:ident, $release_fn:ident, $orphans_fn:ident) => {
         #[inline(always)]
         pub fn $enter(key: &Key<<$family as Family>::Words>, rest: u64, own: Slot) -> Outcome {
             let Some(s) = $scratch.get_ptr_mut(0) else { return Outcome::FULL };
@@ -92,8 +92,17 @@ macro_rules! calls {
             conn::release::<$family, _>(&t, &entry);
             0
         }
+
+        /// Free the orphans of a bucket.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $orphans_fn(bucket: u32) -> u32 {
+            let Some(t) = $table() else { return 1 };
+            conn::free_orphans::<$family, _>(&t, bucket);
+            0
+        }
     };
 }
 
-calls!(V4, SCRATCH4, maps::table4, enter4, release4, conn4_insert, conn4_room, conn4_release);
-calls!(V6, SCRATCH6, maps::table6, enter6, release6, conn6_insert, conn6_room, conn6_release);
+calls!(V4, SCRATCH4, maps::table4, enter4, release4, conn4_insert, conn4_room, conn4_release, conn4_orphans);
+calls!(V6, SCRATCH6, maps::table6, enter6, release6, conn6_insert, conn6_room, conn6_release, conn6_orphans);

@@ -74,12 +74,22 @@ fn tick() -> Option<(u32, u32, u32, u32)> {
     }
 }
 
+/// Full sweeps so far.
+#[inline(always)]
+fn sweep_number() -> u32 {
+    // SAFETY: a valid value; volatile because the timer writes it.
+    maps::clock().map_or(0, |c| unsafe { (&raw const c.ticks).read_volatile() } / SWEEP_TICKS)
+}
+
 /// One bucket, as a callback of bpf_loop.
 pub unsafe extern "C" fn sweep4(i: u32, from: *mut u32) -> i64 {
     let Some(t) = maps::table4() else { return 1 };
     // SAFETY: what on_timer passed.
     let bucket = unsafe { *from }.wrapping_add(i);
     conn::sweep(&t, bucket, |entry| calls::release4(&entry));
+    if conn::orphans_due(bucket, sweep_number()) {
+        calls::conn4_orphans(bucket);
+    }
     0
 }
 
@@ -89,5 +99,8 @@ pub unsafe extern "C" fn sweep6(i: u32, from: *mut u32) -> i64 {
     // SAFETY: what on_timer passed.
     let bucket = unsafe { *from }.wrapping_add(i);
     conn::sweep(&t, bucket, |entry| calls::release6(&entry));
+    if conn::orphans_due(bucket, sweep_number()) {
+        calls::conn6_orphans(bucket);
+    }
     0
 }

@@ -96,7 +96,7 @@ impl MemTables {
             mask4: sizes.buckets4 - 1,
             mask6: sizes.buckets6 - 1,
             flags: 0,
-            pad: 0,
+            turned_at: 0,
             timeouts_s: [t.tcp, t.tcp_fin, t.udp, 0],
         };
         MemTables {
