@@ -24,7 +24,7 @@ pub enum Query {
         #[arg(value_enum, default_value = "ip_vs")]
         file: File,
     },
-    /// Count the packets that were dropped, by reason
+    /// Show what became of packets, by reason: forwarded, answered, passed or dropped
     Drops {
         /// Print a JSON array of {"reason", "packets"}
         #[arg(long)]

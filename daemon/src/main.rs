@@ -24,6 +24,7 @@ use rvs_control::model::ServiceKey;
 use rvs_sys::bpf::{Dataplane, OBJECT};
 use rvs_sys::netlink::Netlink;
 use rvs_sys::netns::{self, Lasting};
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
@@ -77,9 +78,16 @@ async fn run(options: Options) -> Result<(), String> {
     let director = Rc::new(RefCell::new(director));
     let net = Netlink::open().map_err(|e| shown(&e))?;
     let mut network = network::Network::new(net, director.clone(), options.interfaces.clone());
-    network.start().await?;
-    let listener =
-        socket::listen(&options.socket).map_err(|e| format!("control socket {}: {e}", options.socket.display()))?;
+    let listener = match listening(&mut network, &options.socket).await {
+        Ok(listener) => listener,
+        Err(reason) => {
+            // What was at work before goes on; what this start has made does not stay half done.
+            if !adopted && let Err(error) = director.borrow_mut().dataplane.teardown() {
+                tracing::warn!(error = %shown(&error), "what was begun could not be taken down");
+            }
+            return Err(reason);
+        }
+    };
     let changed = Rc::new(Notify::new());
     let checked = Rc::new(Notify::new());
     tokio::task::spawn_local(socket::serve(listener, director.clone(), changed.clone()));
@@ -97,6 +105,12 @@ async fn run(options: Options) -> Result<(), String> {
         tracing::info!("stopped; the data plane goes on");
     }
     Ok(())
+}
+
+/// The programs on their interfaces, then the control socket.
+async fn listening(network: &mut network::Network, socket: &Path) -> Result<UnixListener, String> {
+    network.start().await?;
+    socket::listen(socket).map_err(|e| format!("control socket {}: {e}", socket.display()))
 }
 
 /// One rvsd for a pin folder.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rvs_control::net::{Addr, FdbEntry, Link, Neighbour, Route, RouteQuery};
 use rvs_control::nexthop::{self, NextHop, Path, Picture};
 use rvs_control::plan::Way;
-use rvs_datapath::abi::Iface;
+use rvs_datapath::abi::{Iface, iface};
 use rvs_sys::bpf::attach::{Hook, Port};
 use rvs_sys::netlink::{Net, NetError, NetEvent, Netlink, Watch};
 use tokio::sync::Notify;
@@ -37,6 +37,8 @@ pub struct Network {
     attached: BTreeMap<u32, (String, Hook)>,
     /// ... and those with the egress program too.
     outgoing: BTreeSet<u32>,
+    /// Interfaces that refused the program: said once.
+    refused: BTreeSet<u32>,
 }
 
 /// What has to be read again.
@@ -55,6 +57,7 @@ impl Network {
             kept: BTreeSet::new(),
             attached: BTreeMap::new(),
             outgoing: BTreeSet::new(),
+            refused: BTreeSet::new(),
         }
     }
 
@@ -242,6 +245,7 @@ impl Network {
     fn interfaces(&mut self, links: &[Link], first: bool) -> Result<(), String> {
         self.attached.retain(|ifindex, _| links.iter().any(|l| l.ifindex == *ifindex));
         self.outgoing.retain(|ifindex| links.iter().any(|l| l.ifindex == *ifindex));
+        self.refused.retain(|ifindex| links.iter().any(|l| l.ifindex == *ifindex));
         for link in links.iter().filter(|l| l.ethernet && !l.loopback) {
             let Some(mode) = self.mode_for(link) else { continue };
             if !self.attached.contains_key(&link.ifindex) {
@@ -251,7 +255,10 @@ impl Network {
                         self.attached.insert(link.ifindex, (link.name.clone(), hook));
                     }
                     Err(error) if first && !self.wanted.is_empty() => return Err(error),
-                    Err(error) => tracing::warn!(interface = link.name, %error, "the program could not be attached"),
+                    Err(error) if self.refused.insert(link.ifindex) => {
+                        tracing::warn!(interface = link.name, %error, "the program could not be attached; tried again at each change");
+                    }
+                    Err(error) => tracing::debug!(interface = link.name, %error, "the program could not be attached"),
                 }
             }
             if self.attached.contains_key(&link.ifindex) {
@@ -276,7 +283,9 @@ impl Network {
             Some(Mode::Xdp) => &[Hook::XdpNative],
             Some(Mode::Skb) => &[Hook::XdpGeneric],
             Some(Mode::Tc) => &[Hook::Tc],
-            // A bridge or VLAN device takes no native XDP.
+            // A veth takes redirected frames only if its far end, in a namespace that we can't see, is ready for them, and its local
+            // senders leave checksums unfinished; a bridge or VLAN device takes no native XDP at all.
+            None if !link.kind.is_empty() => &[Hook::Tc, Hook::XdpNative],
             None => &[Hook::XdpNative, Hook::Tc],
         };
         let mut errors = Vec::new();
@@ -301,7 +310,8 @@ impl Network {
             ));
         }
         let mac = link.mac.map(|m| m.0).unwrap_or_default();
-        let iface = Iface { ifindex: link.ifindex, mac, flags: 0, mtu: link.mtu };
+        let flags = if link.kind == "veth" { iface::REDIRECT_BACK } else { 0 };
+        let iface = Iface { ifindex: link.ifindex, mac, flags, mtu: link.mtu };
         if there != iface {
             ifaces.set(at, iface).map_err(|e| shown(&e))?;
         }

@@ -2,6 +2,7 @@
 //! scripts over a real socket.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test stops at the first surprise")]
 
+mod documents;
 mod oracle;
 mod roundtrip;
 mod scripts;

@@ -92,9 +92,11 @@ impl Default for Sizes {
 
 impl Sizes {
     fn buckets<F: Family>(flows: u32) -> Result<u32> {
-        let buckets = (u64::from(flows) * 2).div_ceil(F::WAYS as u64).next_power_of_two();
-        if buckets * F::WAYS as u64 > u64::from(SLOTS_MAX) {
-            let most = SLOTS_MAX as usize / 2 / F::WAYS * F::WAYS;
+        let ways = F::WAYS as u64;
+        let buckets = (u64::from(flows) * 2).div_ceil(ways).next_power_of_two();
+        if buckets * ways > u64::from(SLOTS_MAX) {
+            // The largest power of two of buckets whose slots a link can name, half full.
+            let most = (u64::from(SLOTS_MAX) / ways + 1).next_power_of_two() / 2 * ways / 2;
             return Err(BpfError::Refused(format!("a connection table of {flows} flows is too large: at most {most}")));
         }
         Ok((buckets as u32).max(MIN_BUCKETS))
