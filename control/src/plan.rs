@@ -11,6 +11,7 @@
 //! flow again (the kernel's trash, `ip_vs_trash_get_dest`).
 
 mod place;
+mod record;
 mod restore;
 
 #[cfg(test)]
@@ -24,11 +25,10 @@ use rvs_datapath::conn;
 use rvs_datapath::sched::mh;
 
 use crate::lists;
-use crate::model::{
-    Change, Dest, DestKey, Family, FwdMethod, Granularity, Model, Scheduler, Service, ServiceKey, TunnelChecksum,
-    TunnelKind,
-};
+use crate::model::{Change, Dest, DestKey, Model, Scheduler, Service, ServiceKey};
 use place::{Indexes, Run, Runs};
+pub use record::bytes;
+use record::{abi_key, describe, method_bits, tunnel_bits};
 pub use restore::{Dump, DumpedDest, DumpedService, RestoreError};
 
 /// Longer than any packet is under way in the data plane.
@@ -337,12 +337,19 @@ impl Planner {
         self.remember(key, step);
         let before = placed.record.scheduler;
         describe(&mut placed.record, service, &key, self.is_local(&key));
+        // A hash scheduler's table comes before it and goes after it: new connections find a dest all the while.
+        let hashes = service.config.scheduler == Some(Scheduler::Mh);
+        if hashes {
+            self.retable(&mut placed, service, now_ms, step)?;
+        }
         step.ops.push(MapOp::Service { index: placed.index, value: placed.record, fresh: false });
         if placed.record.scheduler != before {
             // Bound anew: its machine starts from the beginning (ip_vs_bind_scheduler).
             self.relist(&mut placed, lists::Change::Scheduler, now_ms, step)?;
         }
-        self.retable(&mut placed, service, now_ms, step)?;
+        if !hashes {
+            self.retable(&mut placed, service, now_ms, step)?;
+        }
         self.services.insert(key, placed);
         Ok(())
     }
@@ -490,16 +497,12 @@ impl Planner {
             record.out |= u64::from(flag::V6);
         }
         self.point(&mut record, address);
-        let tunnel = match dest.method {
-            FwdMethod::Tunnel(t) => u32::from(t.port) | tunnel_kind(t.kind) << 16 | tunnel_checksum(t.checksum) << 24,
-            _ => 0,
-        };
         let info = abi::DestInfo {
             weight: dest.weight,
             last_weight,
             upper_threshold: dest.upper,
             lower_threshold: dest.lower,
-            tunnel,
+            tunnel: tunnel_bits(dest.method),
             ..abi::DestInfo::default()
         };
         step.ops.push(MapOp::DestInfo { index, value: info });
@@ -633,7 +636,9 @@ impl Planner {
 
     /// Put the way to `address` into a dest's record.
     fn point(&self, record: &mut abi::Dest, address: IpAddr) {
-        let way = self.ways.get(&address);
+        // Of this host it is known at once; a reply of NAT must first find its egress program.
+        let at_once = self.locals.contains(&address) && record.out as u32 & flag::METHOD != flag::MASQ;
+        let way = if at_once { Some(&Way::Local) } else { self.ways.get(&address) };
         let hop = way.and_then(hop_key).and_then(|k| self.hops.get(&k)).copied().unwrap_or(0);
         let local = if way == Some(&Way::Local) { flag::LOCAL } else { 0 };
         let flags = record.out as u32 & !flag::LOCAL | local;
@@ -717,89 +722,5 @@ fn hop_key(way: &Way) -> Option<([u32; 3], u32)> {
     match way {
         Way::Hop { macs, ifindex, .. } => Some((*macs, *ifindex)),
         Way::Local => None,
-    }
-}
-
-/// An address as `abi` has it.
-pub fn bytes(address: IpAddr) -> [u8; 16] {
-    match address {
-        IpAddr::V4(a) => {
-            let mut bytes = [0; 16];
-            bytes[..4].copy_from_slice(&a.octets());
-            bytes
-        }
-        IpAddr::V6(a) => a.octets(),
-    }
-}
-
-fn abi_key(key: &ServiceKey) -> abi::ServiceKey {
-    let family = |f: Family| if f == Family::V4 { 4 } else { 6 };
-    match key {
-        ServiceKey::Virtual { proto, addr, port } => abi::ServiceKey {
-            address: bytes(*addr),
-            port: *port,
-            protocol: proto.number(),
-            family: family(Family::of(addr)),
-        },
-        ServiceKey::Fwmark { mark, family: f } => {
-            let mut address = [0; 16];
-            address[..4].copy_from_slice(&mark.to_ne_bytes());
-            abi::ServiceKey { address, port: 0, protocol: 0, family: family(*f) }
-        }
-    }
-}
-
-/// The settings of a service in its record; list, table and serial stay.
-fn describe(record: &mut abi::Service, service: &Service, key: &ServiceKey, local: bool) {
-    let c = &service.config;
-    let flags = |on: bool, bit: u32| if on { bit } else { 0 };
-    let bits = u32::from(c.sched_flags.bits());
-    record.flags = flags(bits & 1 != 0, service_flag::HASH_FALLBACK)
-        | flags(bits & 2 != 0, service_flag::HASH_PORT)
-        | flags(bits & 4 != 0, service_flag::FLAG_3)
-        | flags(c.one_packet, service_flag::ONE_PACKET)
-        | flags(local, service_flag::LOCAL);
-    record.scheduler = c.scheduler.map_or(0, scheduler_number);
-    record.persistence_s = c.persistence_s.unwrap_or(0);
-    record.netmask = match c.granularity {
-        Granularity::V4(mask) => u32::from_ne_bytes(mask.octets()),
-        Granularity::V6(prefix) => u32::from(prefix),
-    };
-    record.engine = [0; 16];
-    if let Some(engine) = c.engine {
-        let name = engine.name().as_bytes();
-        record.engine[..name.len()].copy_from_slice(name);
-    }
-    record.key = abi_key(key);
-}
-
-/// `rvs_datapath::sched::Kind`.
-fn scheduler_number(s: Scheduler) -> u32 {
-    Scheduler::ALL.iter().position(|x| *x == s).map_or(0, |i| i as u32 + 1)
-}
-
-fn method_bits(method: FwdMethod) -> u32 {
-    match method {
-        FwdMethod::Masq => flag::MASQ,
-        FwdMethod::Local => flag::LOCAL_NODE,
-        FwdMethod::Tunnel(_) => flag::TUNNEL,
-        FwdMethod::Route => flag::ROUTE,
-        FwdMethod::Fullnat => flag::FULLNAT,
-    }
-}
-
-fn tunnel_kind(kind: TunnelKind) -> u32 {
-    match kind {
-        TunnelKind::Ipip => 0,
-        TunnelKind::Gue => 1,
-        TunnelKind::Gre => 2,
-    }
-}
-
-fn tunnel_checksum(checksum: TunnelChecksum) -> u32 {
-    match checksum {
-        TunnelChecksum::None => 0,
-        TunnelChecksum::Csum => 1,
-        TunnelChecksum::Remcsum => 2,
     }
 }

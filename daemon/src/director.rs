@@ -113,7 +113,7 @@ impl Director {
         self.planner.tick(self.now_ms());
         match self.planner.change(&self.model, change, self.now_ms()) {
             Err(PlanError::Full { .. }) => {
-                rvs_sys::bpf::grace(Duration::from_millis(GRACE_MS + 1));
+                wait(Duration::from_millis(GRACE_MS + 1));
                 self.planner.tick(self.now_ms());
                 self.planner.change(&self.model, change, self.now_ms())
             }
@@ -165,6 +165,15 @@ impl Director {
         }
         let step = self.planner.idle(&idle);
         self.dataplane.maps.apply(&step.ops)
+    }
+}
+
+/// Until packets that are under way in the data plane are out of it. The event loop stands still meanwhile: nothing else may change
+/// between two halves of a command.
+fn wait(time: Duration) {
+    let until = Instant::now() + time;
+    while let Some(left) = until.checked_duration_since(Instant::now()) {
+        std::thread::park_timeout(left);
     }
 }
 

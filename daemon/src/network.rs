@@ -73,6 +73,10 @@ impl Network {
             let there: Vec<&str> = links.iter().filter(|l| !l.loopback).map(|l| l.name.as_str()).collect();
             return Err(format!("no interface {}; there are: {}", missing.join(", "), there.join(", ")));
         }
+        let wanted = |l: &&Link| self.wanted.iter().any(|w| w.name == l.name);
+        if let Some(link) = links.iter().filter(wanted).find(|l| l.loopback || !l.ethernet) {
+            return Err(format!("interface {} carries no Ethernet frames: nothing can be taken from it", link.name));
+        }
         self.refresh(Stale { routes: true }, true).await
     }
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use rvs_datapath::abi::ServiceState;
 
 use super::*;
-use crate::model::{Command, Env, Proto, SchedFlags, ServiceSpec, Timeouts};
+use crate::model::{Command, Env, FwdMethod, Granularity, Proto, SchedFlags, ServiceSpec, Timeouts};
 
 struct Host;
 impl Env for Host {

@@ -451,8 +451,3 @@ fn random() -> Result<u64> {
     }
     Ok(u64::from_ne_bytes(bytes))
 }
-
-/// Let everything that is under way in the data plane end.
-pub fn grace(time: std::time::Duration) {
-    std::thread::sleep(time);
-}

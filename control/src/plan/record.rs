@@ -1,0 +1,99 @@
+//! Services and dests in the words of the maps.
+
+use std::net::IpAddr;
+
+use rvs_datapath::abi::{self, dest as flag, service as service_flag};
+
+use crate::model::{Family, FwdMethod, Granularity, Scheduler, Service, ServiceKey, TunnelChecksum, TunnelKind};
+
+/// An address as `abi` has it.
+pub fn bytes(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(a) => {
+            let mut bytes = [0; 16];
+            bytes[..4].copy_from_slice(&a.octets());
+            bytes
+        }
+        IpAddr::V6(a) => a.octets(),
+    }
+}
+
+pub(super) fn abi_key(key: &ServiceKey) -> abi::ServiceKey {
+    let family = |f: Family| if f == Family::V4 { 4 } else { 6 };
+    match key {
+        ServiceKey::Virtual { proto, addr, port } => abi::ServiceKey {
+            address: bytes(*addr),
+            port: *port,
+            protocol: proto.number(),
+            family: family(Family::of(addr)),
+        },
+        ServiceKey::Fwmark { mark, family: f } => {
+            let mut address = [0; 16];
+            address[..4].copy_from_slice(&mark.to_ne_bytes());
+            abi::ServiceKey { address, port: 0, protocol: 0, family: family(*f) }
+        }
+    }
+}
+
+/// The settings of a service in its record; list, table and serial stay.
+pub(super) fn describe(record: &mut abi::Service, service: &Service, key: &ServiceKey, local: bool) {
+    let c = &service.config;
+    let flags = |on: bool, bit: u32| if on { bit } else { 0 };
+    let bits = u32::from(c.sched_flags.bits());
+    record.flags = flags(bits & 1 != 0, service_flag::HASH_FALLBACK)
+        | flags(bits & 2 != 0, service_flag::HASH_PORT)
+        | flags(bits & 4 != 0, service_flag::FLAG_3)
+        | flags(c.one_packet, service_flag::ONE_PACKET)
+        | flags(local, service_flag::LOCAL);
+    record.scheduler = c.scheduler.map_or(0, scheduler_number);
+    record.persistence_s = c.persistence_s.unwrap_or(0);
+    record.netmask = match c.granularity {
+        Granularity::V4(mask) => u32::from_ne_bytes(mask.octets()),
+        Granularity::V6(prefix) => u32::from(prefix),
+    };
+    record.engine = [0; 16];
+    if let Some(engine) = c.engine {
+        let name = engine.name().as_bytes();
+        record.engine[..name.len()].copy_from_slice(name);
+    }
+    record.key = abi_key(key);
+}
+
+/// `rvs_datapath::sched::Kind`.
+fn scheduler_number(s: Scheduler) -> u32 {
+    Scheduler::ALL.iter().position(|x| *x == s).map_or(0, |i| i as u32 + 1)
+}
+
+pub(super) fn method_bits(method: FwdMethod) -> u32 {
+    match method {
+        FwdMethod::Masq => flag::MASQ,
+        FwdMethod::Local => flag::LOCAL_NODE,
+        FwdMethod::Tunnel(_) => flag::TUNNEL,
+        FwdMethod::Route => flag::ROUTE,
+        FwdMethod::Fullnat => flag::FULLNAT,
+    }
+}
+
+/// `abi::DestInfo::tunnel`.
+pub(super) fn tunnel_bits(method: FwdMethod) -> u32 {
+    match method {
+        FwdMethod::Tunnel(t) => u32::from(t.port) | tunnel_kind(t.kind) << 16 | tunnel_checksum(t.checksum) << 24,
+        _ => 0,
+    }
+}
+
+fn tunnel_kind(kind: TunnelKind) -> u32 {
+    match kind {
+        TunnelKind::Ipip => 0,
+        TunnelKind::Gue => 1,
+        TunnelKind::Gre => 2,
+    }
+}
+
+fn tunnel_checksum(checksum: TunnelChecksum) -> u32 {
+    match checksum {
+        TunnelChecksum::None => 0,
+        TunnelChecksum::Csum => 1,
+        TunnelChecksum::Remcsum => 2,
+    }
+}
