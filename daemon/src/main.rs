@@ -10,6 +10,7 @@ mod rates;
 mod socket;
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -166,6 +167,7 @@ async fn ticks(director: Rc<RefCell<Director>>, checked: Rc<Notify>) {
 
 /// Warn of firewall rules that XDP goes past. Reading them runs commands: beside the event loop, when asked.
 async fn firewall(director: Rc<RefCell<Director>>, asked: Rc<Notify>) {
+    let mut told = BTreeSet::new();
     loop {
         asked.notified().await;
         let vips: Vec<Vip> = director
@@ -179,24 +181,28 @@ async fn firewall(director: Rc<RefCell<Director>>, asked: Rc<Notify>) {
                 ServiceKey::Fwmark { .. } => None,
             })
             .collect();
-        if vips.is_empty() {
-            continue;
-        }
         let found = tokio::task::spawn_blocking(move || {
-            let (readings, errors) = rvs_sys::firewall::readings();
-            let (rules, unreadable) = Rules::read(&readings);
-            let mut lines: Vec<String> = rules.warnings(&vips).iter().map(ToString::to_string).collect();
-            lines.extend(errors.iter().map(|e| shown(e)));
-            lines.extend(unreadable.iter().map(|e| shown(e)));
+            let mut lines = BTreeSet::new();
+            if !vips.is_empty() {
+                let (readings, errors) = rvs_sys::firewall::readings();
+                let (rules, unreadable) = Rules::read(&readings);
+                lines.extend(rules.warnings(&vips).iter().map(ToString::to_string));
+                lines.extend(errors.iter().map(|e| shown(e)));
+                lines.extend(unreadable.iter().map(|e| shown(e)));
+            }
             lines
         });
-        let Ok(lines) = found.await else { continue };
+        let Ok(found) = found.await else { continue };
         let mut d = director.borrow_mut();
-        for line in lines {
-            if d.warnings.insert(line.clone()) {
-                tracing::warn!("{line}");
-            }
+        // A rule that was mended is warned about no longer.
+        for gone in told.difference(&found) {
+            d.warnings.remove(gone);
         }
+        for new in found.difference(&told) {
+            tracing::warn!("{new}");
+            d.warnings.insert(new.clone());
+        }
+        told = found;
     }
 }
 

@@ -110,6 +110,13 @@ pub struct Iface {
 }
 pub const IFACES_MAX: u32 = 1024;
 
+/// Bits of [`Iface::flags`].
+pub mod iface {
+    /// XDP sends back by a redirect to the same interface, not by XDP_TX: a veth leaves what XDP_TX gives it lying in the
+    /// ring of its other end, unless that has an XDP program too (veth_xdp_flush in drivers/net/veth.c).
+    pub const REDIRECT_BACK: u16 = 1;
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ServiceKey {

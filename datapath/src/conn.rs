@@ -510,10 +510,12 @@ fn slot_of(place: Place) -> Slot {
     place & (SLOTS_MAX - 1)
 }
 
-/// The dest of the forward entry there.
+/// The dest of the forward entry there; `None`: it is another service's or client's by now. (Ports of that client are not told
+/// apart.)
 #[inline(always)]
-pub fn dest_at<F: Addressing, C: Conns<F> + ?Sized>(c: &C, place: Place) -> u32 {
-    dest(ct::peek::<F, _>(c.table(), slot_of(place)).control)
+pub fn dest_at<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, place: Place) -> Option<u32> {
+    let control = ct::glance::<F, _>(c.table(), slot_of(place), key)?;
+    (control & REVERSE == 0).then(|| dest(control))
 }
 
 /// The second step for NAT: the reverse entry of the forward one at `place`. If something is in the way, that is [`make_way`]'s
@@ -569,6 +571,17 @@ pub fn make_way<F: Addressing, C: Conns<F> + ?Sized>(
         return None;
     }
     Some(slot | (generation as u32) << 24)
+}
+
+/// Would [`touch`] leave a forward entry as it is, and is it not expired? True of nearly every packet of a busy flow.
+/// `state`: the next one.
+#[inline(always)]
+pub fn is_current(policy: &Policy, control: u64, state: u64, now_s: u32, client: bool) -> bool {
+    let row = policy.row(control);
+    let age = (control >> AGE_SHIFT ^ (now_s >> row.shift()) as u64) & AGE_MASK;
+    let epoch = (control >> EPOCH_SHIFT ^ policy.epoch as u64) & 1;
+    let counted = !client || control & PACKETS == PACKETS || ct::state(control) == 0;
+    age | epoch | (ct::state(control) ^ state) == 0 && counted
 }
 
 /// A packet of the flow was seen: next state, age, packet count. Written only if that changes the word (once a second for a busy

@@ -2,16 +2,15 @@
 //!
 //! ```text
 //! for our MAC? -> parse -> connection? -- forward --> state, age, count -> rewrite for the dest -> out
-//!                   ^         |     \--- reverse --> its flow -> state, count -> source = VIP -> out
-//!                   |         no
-//!                   |         v
-//!                   |  virtual service of this host? -> first packet of a flow? -> scheduler -> enter
-//!                   \------------------------------------------------------------------------/
+//!                             |     \--- reverse --> its flow -> state, count -> source = VIP -> out
+//!                             no
+//!                             v
+//!     virtual service of this host? -> first packet of a flow? -> scheduler -> enter -> forward -> out
 //! ```
-//! The connection comes first: an established flow never pays for a service lookup. The packet that opens a flow is then its first
-//! packet like any other. Each packet leaves through one [`Verdict`].
+//! The connection comes first: an established flow never pays for a service lookup, and what a known flow's packets seldom need
+//! (other than a rewrite for a next hop that is ready) is left to a stage of its own. Each packet leaves through one [`Verdict`].
 
-use crate::abi::{Dest, ServiceKey, dest, service};
+use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found, V4, V6};
 use crate::icmp::{Answer, Error};
@@ -25,7 +24,7 @@ use crate::xmit::{self, End};
 /// All of it, for callers that need no functions of their own for its stages.
 #[inline(always)]
 pub fn process<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
-    match arrive(p, t) {
+    match arrive(p, t.iface(p.ifindex())) {
         Ok(4) => stages(|stage, number| run::<V4, P, T>(p, t, stage, number)),
         Ok(_) => stages(|stage, number| run::<V6, P, T>(p, t, stage, number)),
         Err(verdict) => verdict,
@@ -50,10 +49,10 @@ pub fn stages(mut run: impl FnMut(Stage, u32) -> Verdict) -> Verdict {
     drop(Reason::ReverseInUse)
 }
 
-/// Is the frame for us to look at? The address family, 4 or 6.
+/// Is the frame, which came in by `iface` (`None`: not a configured one), for us to look at? The address family, 4 or 6.
 #[inline(always)]
-pub fn arrive<P: Packet, T: Tables>(p: &mut P, t: &T) -> Result<u8, Verdict> {
-    let Some(iface) = t.iface(p.ifindex()) else { return Err(pass(Reason::OtherInterface)) };
+pub fn arrive<P: Packet>(p: &mut P, iface: Option<&Iface>) -> Result<u8, Verdict> {
+    let Some(iface) = iface else { return Err(pass(Reason::OtherInterface)) };
     let mac = iface.mac;
     let Some(w) = p.window(L3) else { return Err(pass(Reason::NotIp)) };
     let ours = w.r32(0) == u32::from_ne_bytes([mac[0], mac[1], mac[2], mac[3]])
@@ -79,8 +78,10 @@ pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Sta
         Stage::Retire => retire(I::conns(t), &flow),
         Stage::First => first(t, &flow),
         Stage::Enter => enter(t, &flow, number),
-        Stage::Link => link(t, &flow, number),
+        Stage::Link => link(I::conns(t), &flow, number),
+        Stage::Linked => linked(p, t, &flow, number),
         Stage::MakeWay => make_way(I::conns(t), &flow, number),
+        Stage::Forward => forward(p, t, &flow, number),
         Stage::GiveUp => {
             conn::give_up::<I, _>(I::conns(t), &flow.key, number);
             drop(Reason::TableFull)
@@ -98,10 +99,9 @@ fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Ve
             Some(reply) => answer_client(p, t, c, flow, &hit, &reply),
             None => pass(Reason::NoService),
         },
-        Found::Live(hit) if !starts_anew(c, flow, hit.control) => established(p, t, c, flow, &hit),
-        Found::Live(_) => Verdict::go(Stage::Retire, 0),
+        Found::Live(hit) => established(p, t, c, flow, &hit),
         // Being entered or moved this instant: good for the dest.
-        Found::Weak(control) => forward(p, t, flow, conn::dest(control)),
+        Found::Weak(control) => Verdict::go(Stage::Forward, conn::dest(control)),
         Found::None => Verdict::go(Stage::First, 0),
     }
 }
@@ -135,15 +135,53 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
     flow: &Flow<I>,
     hit: &HitOf<'_, I, I::Conns>,
 ) -> Verdict {
+    let way = way(hit.control & ct::LINKED != 0);
+    let next = step(flow, ct::state(hit.control), way);
+    let current = conn::is_current(c.policy(), hit.control, next, c.now_s(), true);
+    if !current && starts_anew(c, flow, hit.control) {
+        return Verdict::go(Stage::Retire, 0);
+    }
     let index = conn::dest(hit.control);
     // A removed dest's flows are dropped and left to time out, as in the kernel.
-    match t.dest(index) {
-        Some(d) if d.out as u32 & dest::AVAILABLE != 0 => {}
-        _ => return drop(Reason::DestGone),
+    let Some(d) = t.dest(index) else { return drop(Reason::DestGone) };
+    let out = d.out;
+    if out as u32 & dest::AVAILABLE == 0 {
+        return drop(Reason::DestGone);
     }
-    let way = if hit.control & ct::LINKED != 0 { Way::Input } else { Way::InputOnly };
-    let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step(flow, state, way));
-    forward(p, t, flow, index)
+    if !current {
+        let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step(flow, state, way));
+    }
+    match t.hop((out >> 32) as u32) {
+        Some(hop) if hop.ifindex != 0 && out as u32 & dest::LOCAL == 0 && flow.ttl > 1 => {
+            t.count_in(index, flow.len);
+            rewrite(p, flow, d, out as u32 & dest::METHOD == dest::MASQ, hop)
+        }
+        _ => Verdict::go(Stage::Forward, index),
+    }
+}
+
+/// To a next hop that is known.
+#[inline(always)]
+fn rewrite<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool, hop: &Hop) -> Verdict {
+    let (done, reason) = if masq {
+        let (address, port) = server(flow, d);
+        (xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, true), Reason::Masq)
+    } else {
+        (xmit::count_down::<I, P>(p), Reason::Route)
+    };
+    if done { xmit::send(p, hop, reason) } else { drop(Reason::Internal) }
+}
+
+/// Address and port of the server for NAT.
+#[inline(always)]
+fn server<I: Ip>(flow: &Flow<I>, d: &Dest) -> (I::Addr, u16) {
+    (I::from_bytes(&d.address), if d.port == 0 { flow.key.dport() } else { d.port })
+}
+
+/// Of a client's packet: do replies go by us?
+#[inline(always)]
+fn way(linked: bool) -> Way {
+    if linked { Way::Input } else { Way::InputOnly }
 }
 
 #[inline(always)]
@@ -183,31 +221,38 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
 fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     let Some(d) = t.dest(dest) else { return drop(Reason::Internal) };
     let linked = d.out as u32 & dest::METHOD == dest::MASQ;
-    let done = conn::open_forward::<I, _>(I::conns(t), &flow.key, dest, tcp::NONE, linked);
+    // In the state that this packet, its first, puts it in.
+    let state = step(flow, tcp::NONE, way(linked));
+    let done = conn::open_forward::<I, _>(I::conns(t), &flow.key, dest, state, linked);
     if done.is_new() {
         if linked {
             return Verdict::go(Stage::Link, done.slot());
         }
         t.count_connection(dest);
-        return Verdict::go(Stage::Whole, 0);
+        return Verdict::go(Stage::Forward, dest);
     }
     // Another CPU was faster, or all is full.
     if done.is_there() { Verdict::go(Stage::Whole, 0) } else { drop(Reason::TableFull) }
 }
 
 #[inline(always)]
-fn link<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
-    let dest = conn::dest_at::<I, _>(I::conns(t), place);
-    let done = conn::link::<I, _>(I::conns(t), &flow.key, place);
+fn link<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdict {
+    let done = conn::link::<I, _>(c, &flow.key, place);
     if done.is_new() {
-        // Not before: a flow that is given up for its reply tuple was no connection.
-        t.count_connection(dest);
-        Verdict::go(Stage::Whole, 0)
+        Verdict::go(Stage::Linked, place)
     } else if done.is_there() {
         Verdict::go(Stage::MakeWay, place)
     } else {
         Verdict::go(Stage::GiveUp, place)
     }
+}
+
+/// A NAT flow's first packet, its entries being made. (Not counted before: a flow given up for its reply tuple was no connection.)
+#[inline(always)]
+fn linked<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
+    let Some(dest) = conn::dest_at::<I, _>(I::conns(t), &flow.key, place) else { return Verdict::go(Stage::Whole, 0) };
+    t.count_connection(dest);
+    forward(p, t, flow, dest)
 }
 
 #[inline(always)]
@@ -219,7 +264,7 @@ fn make_way<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Ve
     }
 }
 
-/// To the dest, by its method.
+/// To the dest, by its method, whatever it takes.
 #[inline(always)]
 fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32) -> Verdict {
     let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
@@ -243,7 +288,7 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
     };
     let resolve = route == Route::NoNeighbour && t.resolves();
     if masq {
-        let port = if d.port == 0 { flow.key.dport() } else { d.port };
+        let (address, port) = server(flow, d);
         let ready = route == Route::Hop || resolve;
         if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, ready) {
             return drop(Reason::Internal);
@@ -274,11 +319,11 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
 #[inline(always)]
 fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) -> Verdict {
     if masq {
-        let port = if d.port == 0 { flow.key.dport() } else { d.port };
-        if I::martian(I::from_bytes(&d.address)) {
+        let (address, port) = server(flow, d);
+        if I::martian(address) {
             return drop(Reason::LoopbackDest);
         }
-        if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, I::from_bytes(&d.address), port, false) {
+        if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, false) {
             return drop(Reason::Internal);
         }
     }
@@ -329,9 +374,13 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
 /// State, age and counters for a reply. The forward entry's control word as it is now.
 #[inline(always)]
 fn replied<I: Of<T>, T: Tables>(t: &T, c: &I::Conns, flow: &Flow<I>, reply: &conn::ReplyOf<'_, I, I::Conns>) -> u64 {
-    let words = I::words(reply.client, reply.virtual_address);
-    let control = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step(flow, state, Way::Output));
-    let control = control.unwrap_or(reply.forward.control);
+    let mut control = reply.forward.control;
+    let next = step(flow, ct::state(control), Way::Output);
+    if !conn::is_current(c.policy(), control, next, c.now_s(), false) {
+        let words = I::words(reply.client, reply.virtual_address);
+        let done = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step(flow, state, Way::Output));
+        control = done.unwrap_or(control);
+    }
     t.count_out(conn::dest(control), flow.len);
     control
 }

@@ -39,7 +39,7 @@ pub fn fold(sum: u64) -> u16 {
 /// A checksum field after its data changed (RFC 1624, eqn. 3).
 #[inline(always)]
 pub fn adjust(check: u16, delta: Delta) -> u16 {
-    !fold(u64::from(!check) + u64::from(delta.fold()))
+    !fold(u64::from(!check) + delta.0)
 }
 
 /// The same for UDP: 0 means "none" and stays; a result of 0 is sent as 0xffff (RFC 768).

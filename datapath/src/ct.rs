@@ -47,6 +47,10 @@
 //! TENTATIVE entry may adopt one that loses: that one packet goes to another dest than the next. (d) An owner must not die
 //! between 1 and 5: a BPF program never does, and user space only looks.
 
+mod families;
+
+pub use families::{V4, V6};
+
 /// One bucket. Implementations mask or check `word`.
 pub trait Bucket: Copy {
     /// Acquire load (program order among loads is part of the protocol).
@@ -381,6 +385,17 @@ pub fn at_slot<'a, F: Family, T: Buckets<F>>(t: &'a T, slot: Slot, key: &Key<F::
     is_live(control).then_some(Hit { bucket, way, number, control })
 }
 
+/// The control word of the live entry in `slot`, if it has the addresses, the protocol and (but for the low bits of the source port,
+/// which are not there) the ports of `key`.
+#[inline(always)]
+pub fn glance<F: Family, T: Buckets<F>>(t: &T, slot: Slot, key: &Key<F::Words>) -> Option<u64> {
+    let (number, way) = t.place(slot);
+    let bucket = t.bucket(number);
+    let control = bucket.load(way * (F::KEYS + 1) + F::KEYS);
+    let same = (control ^ key.control) & TUPLE == 0 && is_live(control);
+    (same && keys_equal::<F, _>(&bucket, way, &key.words)).then_some(control)
+}
+
 /// The control word in a slot and its key words, as they are this instant (no promise that they belong together:
 /// confirm with [`at_slot`]).
 #[inline(always)]
@@ -464,6 +479,19 @@ impl<W> Cost<W> {
     }
 }
 
+/// The first free way of a bucket, or 8. It would have the smallest rank, but nearly always there is one, and ranks are dear.
+#[inline(always)]
+fn free_way<F: Family, T: Buckets<F>>(t: &T, b: &T::B<'_>) -> u64 {
+    let (mut best, mut way) = (8, F::WAYS);
+    while way > 0 {
+        way -= 1;
+        let control = b.load(way * (F::KEYS + 1) + F::KEYS);
+        let used = t.sign(control | control.wrapping_neg());
+        best = best & used | way as u64 & !used;
+    }
+    best
+}
+
 /// Smallest rank of one bucket, or `best`; the number of the way (0..2*WAYS) in the low bits.
 #[inline(always)]
 fn victim<F: Family, T: Buckets<F>>(t: &T, b: &T::B<'_>, first: usize, mut best: u64) -> u64 {
@@ -537,7 +565,10 @@ pub fn try_insert<F: Family, T: Buckets<F>>(
     while tries < 4 {
         tries += 1;
         // Home first; the other bucket only when home is full, and then the less valuable of both.
-        let mut best = victim::<F, T>(t, &a, 0, u64::MAX >> 1);
+        let mut best = free_way::<F, T>(t, &a);
+        if best >= 8 {
+            best = victim::<F, T>(t, &a, 0, u64::MAX >> 1);
+        }
         if best >= 8 {
             best = victim::<F, T>(t, &b, F::WAYS, best);
         }
@@ -746,52 +777,4 @@ pub fn entry<F: Family, T: Buckets<F>>(t: &T, number: u32, way: usize) -> Entry<
 /// All entries of a bucket, for lists and tests.
 pub fn entries<F: Family, T: Buckets<F>>(t: &T, number: u32) -> impl Iterator<Item = Entry<F::Words>> + '_ {
     (0..F::WAYS).map(move |way| entry_at::<F, _>(&t.bucket(number), number, way)).filter(|e| e.control != 0)
-}
-
-// ---- the two families
-/// Words: saddr in the low half, daddr in the high half.
-#[derive(Clone, Copy, Debug)]
-pub struct V4;
-/// Words: saddr, daddr.
-#[derive(Clone, Copy, Debug)]
-pub struct V6;
-
-/// One step of the NH family (Black et al., UMAC): two halves of a word, each moved by key material, multiplied.
-/// Sums of such products collide for two given inputs with probability 2^-32 over the key.
-#[inline(always)]
-fn hash_pair(word: u64, key: u64) -> u64 {
-    (word as u32).wrapping_add(key as u32) as u64 * ((word >> 32) as u32).wrapping_add((key >> 32) as u32) as u64
-}
-/// Spread the sum over all bits, so that any of them can number buckets.
-#[inline(always)]
-fn finish(sum: u64) -> u64 {
-    let h = (sum ^ sum >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (h ^ h >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9)
-}
-
-impl Family for V4 {
-    const KEYS: usize = 1;
-    const WAYS: usize = 4;
-    const WORDS: usize = 8;
-    type Words = [u64; 1];
-    #[inline(always)]
-    fn hash(words: &[u64; 1], control: u64, seed: &Seed) -> u64 {
-        let s = &seed.0;
-        finish(hash_pair(words[0], s[0]).wrapping_add((control >> PROTO_SHIFT ^ s[1]).wrapping_mul(s[2] | 1)))
-    }
-}
-impl Family for V6 {
-    const KEYS: usize = 4;
-    const WAYS: usize = 3;
-    const WORDS: usize = 16;
-    type Words = [u64; 4];
-    #[inline(always)]
-    fn hash(words: &[u64; 4], control: u64, seed: &Seed) -> u64 {
-        let s = &seed.0;
-        let addresses = hash_pair(words[0], s[0])
-            .wrapping_add(hash_pair(words[1], s[3]))
-            .wrapping_add(hash_pair(words[2], s[4]))
-            .wrapping_add(hash_pair(words[3], s[5]));
-        finish(addresses.wrapping_add((control >> PROTO_SHIFT ^ s[1]).wrapping_mul(s[2] | 1)))
-    }
 }

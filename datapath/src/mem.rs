@@ -89,7 +89,10 @@ impl<F: Addressing> MemConns<F> {
     }
     /// A full sweep.
     pub fn sweep(&self) {
-        for n in 0..=self.words.mask {
+        self.sweep_buckets(0..self.words.mask + 1);
+    }
+    pub fn sweep_buckets(&self, buckets: std::ops::Range<u32>) {
+        for n in buckets {
             let mut gone = Vec::new();
             conn::sweep(self, n, |e| gone.push(e));
             gone.iter().for_each(|e| conn::release(self, e));

@@ -25,14 +25,18 @@ use rvs_datapath::packet::Ip;
 /// What the loader sets, and what it reads, in memory that it maps; words by number.
 #[btf_map]
 static BENCH: Array<[u64; 32], 1, 1024> = Array::new();
-/// Flows are numbered by a generator `x = x * MUL + ADD`, the flow being `x >> SHIFT & MASK`: one after the other, or at random.
+/// Rounds are numbered by a generator `x = x * MUL + ADD`, `x >> SHIFT & MASK` being the flow: one after the other, or at random.
 const X: usize = 0;
 const MUL: usize = 1;
 const ADD: usize = 2;
 const SHIFT: usize = 3;
 const MASK: usize = 4;
-/// Not 0: the packet is a reply, from one of the eight servers that follow this address (its last 32 bits).
+/// Not 0: replies, from one of the eight servers that follow this address (its last 32 bits), and ...
 const SERVERS: usize = 5;
+/// ... this port.
+const SERVER_PORT: usize = 6;
+/// Filling: bits of the number within a block of flows.
+const BLOCK: usize = 7;
 /// Rounds by XDP code, from here on.
 const COUNTS: usize = 8;
 /// The packet as it was, from here on. (On the stack there is no room for it: the data plane takes nearly all.)
@@ -42,6 +46,8 @@ const SAVED: usize = 16;
 const CLIENTS: u32 = 0x0a00_0000;
 const PORTS: u64 = 64;
 const FIRST_PORT: u16 = 0x8000;
+const SYN: u8 = 2;
+const ACK: u8 = 16;
 
 /// Full maps of the sizes that the loader gives. Source and destination address, ports, protocol.
 #[btf_map]
@@ -60,43 +66,83 @@ fn packet<I: Ip>(ctx: &XdpContext) -> Option<*mut u8> {
     (ctx.data() + 8 * words_of::<I>() <= ctx.data_end()).then_some(ctx.data() as *mut u8)
 }
 
+/// Which packet comes next.
+struct Next {
+    flow: u64,
+    /// The flags byte, if it is to change.
+    flags: Option<u8>,
+    /// From a server.
+    reply: bool,
+}
+
+/// The loader's words. Volatile: it writes them too.
+#[derive(Clone, Copy)]
+struct Words(*mut u64);
+impl Words {
+    #[inline(always)]
+    fn get(self, word: usize) -> u64 {
+        // SAFETY: a word of the map's value: callers give constants, or numbers they have bounded.
+        unsafe { self.0.add(word).read_volatile() }
+    }
+    #[inline(always)]
+    fn set(self, word: usize, value: u64) {
+        // SAFETY: as above.
+        unsafe { self.0.add(word).write_volatile(value) }
+    }
+    /// The order that the loader wants.
+    #[inline(always)]
+    fn next(self) -> Next {
+        let x = self.get(X).wrapping_mul(self.get(MUL)).wrapping_add(self.get(ADD));
+        self.set(X, x);
+        Next { flow: x >> (self.get(SHIFT) & 63) & self.get(MASK), flags: None, reply: self.get(SERVERS) != 0 }
+    }
+    /// Block after block: a SYN of each flow, then four times an ACK of each, then a reply, two more ACKs.
+    #[inline(always)]
+    fn fill(self) -> Next {
+        let (x, block) = (self.get(X), self.get(BLOCK) & 31);
+        self.set(X, x + 1);
+        let (phase, within) = (x >> block & 7, x & ((1 << block) - 1));
+        let flags = Some(if phase == 0 { SYN } else { ACK });
+        Next { flow: x >> (block + 3) << block | within, flags, reply: phase == 5 && self.get(SERVERS) != 0 }
+    }
+}
+
 #[inline(always)]
-fn with_flow<I: Ip>(ctx: &XdpContext, f: impl FnOnce() -> u32) -> u32 {
+fn with_flow<I: Ip>(ctx: &XdpContext, next: impl FnOnce(Words) -> Next, f: impl FnOnce() -> u32) -> u32 {
     let (Some(b), Some(p)) = (BENCH.get_ptr_mut(0), packet::<I>(ctx)) else { return XDP_ABORTED };
-    let b = b as *mut u64;
-    // SAFETY: fields of a map's value, which only the loader writes too; bytes of the packet, checked above. Volatile: LLVM must not
-    // see that bytes put back are the same.
+    let b = Words(b as *mut u64);
+    let Next { flow, flags, reply } = next(b);
+    // SAFETY: bytes of the packet, checked above. Volatile: LLVM must not see that bytes put back are the same.
     unsafe {
-        let x =
-            b.add(X).read_volatile().wrapping_mul(b.add(MUL).read_volatile()).wrapping_add(b.add(ADD).read_volatile());
-        b.add(X).write_volatile(x);
-        let flow = x >> (b.add(SHIFT).read_volatile() & 63) & b.add(MASK).read_volatile();
         let mut i = 0;
         while i < words_of::<I>() {
-            b.add(SAVED + i).write_volatile((p as *const u64).add(i).read_volatile());
+            b.set(SAVED + i, (p as *const u64).add(i).read_volatile());
             i += 1;
         }
-        let (client, port) = (CLIENTS + (flow / PORTS) as u32, FIRST_PORT | (flow % PORTS) as u16);
+        let (client, port) = ((CLIENTS + (flow / PORTS) as u32).to_be(), FIRST_PORT | (flow % PORTS) as u16);
         let last = I::DESTINATION - I::SOURCE - 4;
-        let servers = b.add(SERVERS).read_volatile() as u32;
-        if servers == 0 {
-            (p.add(I::SOURCE + last) as *mut u32).write_volatile(client.to_be());
-            (p.add(I::L4) as *mut u16).write_volatile(port.to_be());
-        } else {
-            (p.add(I::SOURCE + last) as *mut u32).write_volatile((servers + (flow & 7) as u32).to_be());
-            (p.add(I::DESTINATION + last) as *mut u32).write_volatile(client.to_be());
+        if reply {
+            (p.add(I::SOURCE + last) as *mut u32).write_volatile((b.get(SERVERS) as u32 + (flow & 7) as u32).to_be());
+            (p.add(I::DESTINATION + last) as *mut u32).write_volatile(client);
+            (p.add(I::L4) as *mut u16).write_volatile((b.get(SERVER_PORT) as u16).to_be());
             (p.add(I::L4 + 2) as *mut u16).write_volatile(port.to_be());
+        } else {
+            (p.add(I::SOURCE + last) as *mut u32).write_volatile(client);
+            (p.add(I::L4) as *mut u16).write_volatile(port.to_be());
+        }
+        if let Some(flags) = flags {
+            p.add(I::L4 + 13).write_volatile(flags);
         }
         let code = f();
         // The program may have moved the packet, for all the verifier knows.
         let Some(p) = packet::<I>(ctx) else { return XDP_ABORTED };
         let mut i = 0;
         while i < words_of::<I>() {
-            (p as *mut u64).add(i).write_volatile(b.add(SAVED + i).read_volatile());
+            (p as *mut u64).add(i).write_volatile(b.get(SAVED + i));
             i += 1;
         }
-        let count = b.add(COUNTS + (code & 7) as usize);
-        count.write_volatile(count.read_volatile() + 1);
+        let count = COUNTS + (code & 7) as usize;
+        b.set(count, b.get(count) + 1);
         code
     }
 }
@@ -128,19 +174,23 @@ pub fn bench_nop(_: XdpContext) -> u32 {
 
 macro_rules! programs {
     ($ip:ty, $key:ident, $lru:ident, $table:path, $sweep:path,
-     $base:ident, $run:ident, $get:ident, $put:ident, $sweep_all:ident) => {
+     $base:ident, $run:ident, $fill:ident, $get:ident, $put:ident, $sweep_all:ident) => {
         #[xdp]
         pub fn $base(ctx: XdpContext) -> u32 {
-            with_flow::<$ip>(&ctx, || XDP_TX)
+            with_flow::<$ip>(&ctx, Words::next, || XDP_TX)
         }
         #[xdp]
         pub fn $run(ctx: XdpContext) -> u32 {
-            with_flow::<$ip>(&ctx, || stages::run(&ctx))
+            with_flow::<$ip>(&ctx, Words::next, || stages::run(&ctx))
+        }
+        #[xdp]
+        pub fn $fill(ctx: XdpContext) -> u32 {
+            with_flow::<$ip>(&ctx, Words::fill, || stages::run(&ctx))
         }
         /// XDP_TX if it is there.
         #[xdp]
         pub fn $get(ctx: XdpContext) -> u32 {
-            with_flow::<$ip>(&ctx, || {
+            with_flow::<$ip>(&ctx, Words::next, || {
                 let Some(key) = $key(&ctx) else { return XDP_ABORTED };
                 // SAFETY: nobody else writes it meanwhile.
                 let value = unsafe { $lru.get(&key) };
@@ -150,7 +200,7 @@ macro_rules! programs {
         /// XDP_TX if it is in.
         #[xdp]
         pub fn $put(ctx: XdpContext) -> u32 {
-            with_flow::<$ip>(&ctx, || {
+            with_flow::<$ip>(&ctx, Words::next, || {
                 let Some(key) = $key(&ctx) else { return XDP_ABORTED };
                 if $lru.insert(&key, &[1, 0], 0).is_ok() { XDP_TX } else { XDP_PASS }
             })
@@ -166,8 +216,32 @@ macro_rules! programs {
         }
     };
 }
-programs!(V4, key4, LRU4, maps::table4, timer::sweep4, bench_base4, bench_run4, bench_get4, bench_put4, bench_sweep4);
-programs!(V6, key6, LRU6, maps::table6, timer::sweep6, bench_base6, bench_run6, bench_get6, bench_put6, bench_sweep6);
+programs!(
+    V4,
+    key4,
+    LRU4,
+    maps::table4,
+    timer::sweep4,
+    bench_base4,
+    bench_run4,
+    bench_fill4,
+    bench_get4,
+    bench_put4,
+    bench_sweep4
+);
+programs!(
+    V6,
+    key6,
+    LRU6,
+    maps::table6,
+    timer::sweep6,
+    bench_base6,
+    bench_run6,
+    bench_fill6,
+    bench_get6,
+    bench_put6,
+    bench_sweep6
+);
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

@@ -8,9 +8,10 @@ use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
+use core::ptr;
 use rvs_datapath::abi::{
     Clock, Config, Dest, DestInfo, DestState, Hop, IFACES_MAX, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey,
-    ServiceState, Stats,
+    ServiceState, Stats, iface,
 };
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::Ip;
@@ -93,6 +94,17 @@ pub fn table6() -> Option<Table<'static, V6>> {
     Some(Table::new(CONN6.get_ptr_mut(0)? as *mut u64, config()?, clock()?))
 }
 
+/// Whether frames go back by a redirect.
+#[inline(always)]
+pub fn redirects_back(ifindex: u32) -> bool {
+    iface(ifindex).is_some_and(|i| i.flags & iface::REDIRECT_BACK != 0)
+}
+
+#[inline(always)]
+pub fn iface(ifindex: u32) -> Option<&'static Iface> {
+    IFACES.get(ifindex % IFACES_MAX).filter(|i| i.ifindex == ifindex)
+}
+
 #[inline(always)]
 pub fn count_verdict(verdict: Verdict) {
     if let Some(n) = VERDICTS.get_ptr_mut(verdict.counter()) {
@@ -134,17 +146,26 @@ pub struct Maps<'a, const SKB: bool> {
 
 impl Maps<'_, false> {
     #[inline(always)]
-    pub fn of(ctx: &XdpContext) -> Option<Maps<'static, false>> {
+    pub fn of<I: Ip>(ctx: &XdpContext) -> Option<Maps<'static, false>> {
         // SAFETY: a field of the context.
         let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
-        Maps::new(ctx.as_ptr(), ifindex, true)
+        Maps::new::<I>(ctx.as_ptr(), ifindex, true)
     }
 }
 
 impl<const SKB: bool> Maps<'_, SKB> {
+    /// For a packet of this family: the other family's connections are not there.
     #[inline(always)]
-    pub fn new(ctx: *mut c_void, ifindex: u32, sized: bool) -> Option<Maps<'static, SKB>> {
-        Some(Maps { ctx, ifindex, sized, config: config()?, conns4: table4()?, conns6: table6()? })
+    pub fn new<I: Ip>(ctx: *mut c_void, ifindex: u32, sized: bool) -> Option<Maps<'static, SKB>> {
+        let (config, clock) = (config()?, clock()?);
+        let (mut words4, mut words6) = (ptr::null_mut(), ptr::null_mut());
+        if I::FAMILY == 4 {
+            words4 = CONN4.get_ptr_mut(0)? as *mut u64;
+        } else {
+            words6 = CONN6.get_ptr_mut(0)? as *mut u64;
+        }
+        let (conns4, conns6) = (Table::new(words4, config, clock), Table::new(words6, config, clock));
+        Some(Maps { ctx, ifindex, sized, config, conns4, conns6 })
     }
 }
 
@@ -165,7 +186,7 @@ impl<'a, const SKB: bool> Tables for Maps<'a, SKB> {
     }
     #[inline(always)]
     fn iface(&self, ifindex: u32) -> Option<&Iface> {
-        IFACES.get(ifindex % IFACES_MAX).filter(|i| i.ifindex == ifindex)
+        iface(ifindex)
     }
     #[inline(always)]
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {

@@ -6,6 +6,7 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::XdpContext;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::packet::Packet;
 use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, drop};
 
 use crate::ctx::Xdp;
@@ -19,17 +20,29 @@ pub fn run(ctx: &XdpContext) -> u32 {
     match verdict.action() {
         // SAFETY: a helper without memory arguments.
         Action::Out(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
-        Action::Back => xdp_action::XDP_TX,
+        Action::Back => back(ctx),
         Action::Up => xdp_action::XDP_PASS,
         Action::Drop => xdp_action::XDP_DROP,
+    }
+}
+
+#[inline(always)]
+fn back(ctx: &XdpContext) -> u32 {
+    let ifindex = Xdp::new(ctx).ifindex();
+    if maps::redirects_back(ifindex) {
+        // SAFETY: a helper without memory arguments.
+        unsafe { bpf_redirect(ifindex, 0) as u32 }
+    } else {
+        xdp_action::XDP_TX
     }
 }
 
 /// All of it.
 #[inline(always)]
 fn process(ctx: &XdpContext) -> Verdict {
-    let Some(maps) = Maps::of(ctx) else { return drop(Reason::Internal) };
-    match core::arrive(&mut Xdp::new(ctx), &maps) {
+    let mut packet = Xdp::new(ctx);
+    let iface = maps::iface(packet.ifindex());
+    match core::arrive(&mut packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             Verdict::from_word(match stage {
                 Stage::Whole => whole4(ctx.ctx),
@@ -41,6 +54,8 @@ fn process(ctx: &XdpContext) -> Verdict {
                 Stage::GiveUp => give_up4(ctx.ctx, number),
                 Stage::TimeExceeded => time_exceeded4(ctx.ctx),
                 Stage::PortUnreachable => port_unreachable4(ctx.ctx),
+                Stage::Forward => forward4(ctx.ctx, number),
+                Stage::Linked => linked4(ctx.ctx, number),
             })
         }),
         Ok(_) => core::stages(|stage, number| {
@@ -54,6 +69,8 @@ fn process(ctx: &XdpContext) -> Verdict {
                 Stage::GiveUp => give_up6(ctx.ctx, number),
                 Stage::TimeExceeded => time_exceeded6(ctx.ctx),
                 Stage::PortUnreachable => port_unreachable6(ctx.ctx),
+                Stage::Forward => forward6(ctx.ctx, number),
+                Stage::Linked => linked6(ctx.ctx, number),
             })
         }),
         Err(verdict) => verdict,
@@ -67,7 +84,7 @@ macro_rules! stages {
         #[inline(never)]
         pub extern "C" fn $name(ctx: *mut xdp_md $(, $number: u32)?) -> u64 {
             let ctx = XdpContext::new(ctx);
-            let Some(maps) = Maps::of(&ctx) else { return drop(Reason::Internal).word() };
+            let Some(maps) = Maps::of::<$family>(&ctx) else { return drop(Reason::Internal).word() };
             let number = 0 $(+ $number)?;
             core::run::<$family, _, _>(&mut Xdp::new(&ctx), &maps, Stage::$stage, number).word()
         }
@@ -91,5 +108,9 @@ stages! {
     time_exceeded4() V4, TimeExceeded;
     time_exceeded6() V6, TimeExceeded;
     port_unreachable4() V4, PortUnreachable;
+    forward4(dest) V4, Forward;
+    linked4(place) V4, Linked;
     port_unreachable6() V6, PortUnreachable;
+    forward6(dest) V6, Forward;
+    linked6(place) V6, Linked;
 }

@@ -2,10 +2,9 @@
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
-use core::ffi::c_void;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
-use rvs_datapath::packet::{Ip, Packet};
+use rvs_datapath::packet::{ETHERTYPE, Ip, L3, Packet, Window};
 use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, drop, pass};
 
 use crate::maps::{self, Maps, NEXT_HOP};
@@ -65,7 +64,12 @@ pub fn leave(skb: *mut __sk_buff) -> i32 {
     if from != 0 || protocol != IPV4 && protocol != IPV6 {
         return NEXT;
     }
-    Skb::new(skb).pull();
+    let mut packet = Skb::new(skb);
+    packet.pull();
+    // Without an Ethernet header it is none of ours.
+    if !packet.window(L3).is_some_and(|w| w.r16(ETHERTYPE) as u32 == protocol) {
+        return NEXT;
+    }
     let verdict = if protocol == IPV4 { tc_leave4(skb) } else { tc_leave6(skb) };
     if verdict == UNTOUCHED {
         return NEXT;
@@ -79,16 +83,16 @@ pub fn leave(skb: *mut __sk_buff) -> i32 {
 const UNTOUCHED: u64 = 0;
 
 #[inline(always)]
-fn tables(skb: *mut __sk_buff) -> Option<Maps<'static, true>> {
+fn tables<I: Ip>(skb: *mut __sk_buff) -> Option<Maps<'static, true>> {
     // SAFETY: fields of the context.
     let (ifindex, segment) = unsafe { ((*skb).ifindex, (*skb).gso_size) };
-    Maps::new(skb as *mut c_void, ifindex, segment == 0)
+    Maps::new::<I>(skb as *mut _, ifindex, segment == 0)
 }
 
 #[inline(always)]
 fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
-    let Some(maps) = tables(skb) else { return drop(Reason::Internal) };
-    match core::arrive(packet, &maps) {
+    let iface = maps::iface(packet.ifindex());
+    match core::arrive(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             Verdict::from_word(match stage {
                 Stage::Whole => tc_whole4(skb),
@@ -100,6 +104,8 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
                 Stage::GiveUp => tc_give_up4(skb, number),
                 Stage::TimeExceeded => tc_time_exceeded4(skb),
                 Stage::PortUnreachable => tc_port_unreachable4(skb),
+                Stage::Forward => tc_forward4(skb, number),
+                Stage::Linked => tc_linked4(skb, number),
             })
         }),
         Ok(_) => core::stages(|stage, number| {
@@ -113,6 +119,8 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
                 Stage::GiveUp => tc_give_up6(skb, number),
                 Stage::TimeExceeded => tc_time_exceeded6(skb),
                 Stage::PortUnreachable => tc_port_unreachable6(skb),
+                Stage::Forward => tc_forward6(skb, number),
+                Stage::Linked => tc_linked6(skb, number),
             })
         }),
         Err(verdict) => verdict,
@@ -124,7 +132,7 @@ macro_rules! stages {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff $(, $number: u32)?) -> u64 {
-            let Some(maps) = tables(skb) else { return drop(Reason::Internal).word() };
+            let Some(maps) = tables::<$family>(skb) else { return drop(Reason::Internal).word() };
             let mut packet = Skb::new(skb);
             if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable) {
                 packet.look_at_checksum::<$family>();
@@ -152,7 +160,11 @@ stages! {
     tc_time_exceeded4() V4, TimeExceeded;
     tc_time_exceeded6() V6, TimeExceeded;
     tc_port_unreachable4() V4, PortUnreachable;
+    tc_forward4(dest) V4, Forward;
+    tc_linked4(place) V4, Linked;
     tc_port_unreachable6() V6, PortUnreachable;
+    tc_forward6(dest) V6, Forward;
+    tc_linked6(place) V6, Linked;
 }
 
 macro_rules! leave {
@@ -160,7 +172,7 @@ macro_rules! leave {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff) -> u64 {
-            let Some(maps) = tables(skb) else { return UNTOUCHED };
+            let Some(maps) = tables::<$family>(skb) else { return UNTOUCHED };
             core::leave::<$family, _, _>(&mut Skb::new(skb), &maps).map_or(UNTOUCHED, Verdict::word)
         }
     };

@@ -1,5 +1,6 @@
 //! `rvs lab`: the lab from the command line.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use crate::demo;
@@ -97,19 +98,19 @@ fn up(name: &str, layout: Layout, options: &Options, hook: Option<Hook>, with_rv
     if with_rvsd {
         let interfaces: Vec<_> = layout.director_interfaces().iter().map(|&i| (i, hook)).collect();
         let director = Director::start(lab.node("director")?, &interfaces)?;
-        println!("export RVS_SOCKET={}", director.socket().display());
+        say(&format!("export RVS_SOCKET={}\n", director.socket().display()));
         director.keep();
     }
-    describe(&lab);
+    say(&described(&lab));
     lab.keep()
 }
 
 fn status() -> Result<()> {
     for (name, state) in Lab::all() {
         match state {
-            State::Kept => describe(&Lab::attach(&name)?),
-            State::InUse(pid) => println!("lab {name}: used by process {pid}"),
-            State::Leftover => println!("lab {name}: left over; 'rvs lab down {name}' removes it"),
+            State::Kept => say(&described(&Lab::attach(&name)?)),
+            State::InUse(pid) => say(&format!("lab {name}: used by process {pid}\n")),
+            State::Leftover => say(&format!("lab {name}: left over; 'rvs lab down {name}' removes it\n")),
         }
     }
     Ok(())
@@ -125,16 +126,23 @@ fn down(name: Option<&str>) -> Result<()> {
     ended.collect::<Vec<_>>().into_iter().collect()
 }
 
-fn describe(lab: &Lab) {
+/// On standard output; if nobody reads it, the lab is up all the same.
+fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+fn described(lab: &Lab) -> String {
     let topology = lab.topology();
     let vips: Vec<String> = topology.vips.iter().map(ToString::to_string).collect();
-    println!("lab {} ({}), VIP {}", lab.name(), topology.name, vips.join(" and "));
+    let mut text = format!("lab {} ({}), VIP {}\n", lab.name(), topology.name, vips.join(" and "));
     for node in lab.nodes() {
         let running = node.ns().processes().map(|pids| pids.len()).unwrap_or_default();
-        println!("  {:<10} nsenter --net={} COMMAND    ({running} processes)", node.name(), node.ns().path().display());
+        let path = node.ns().path();
+        text += &format!("  {:<10} nsenter --net={} COMMAND    ({running} processes)\n", node.name(), path.display());
         for end in topology.ends(node.name()).filter(|e| !e.addresses.is_empty()) {
             let addresses: Vec<String> = end.addresses.iter().map(ToString::to_string).collect();
-            println!("             {} {}", end.interface, addresses.join(" "));
+            text += &format!("             {} {}\n", end.interface, addresses.join(" "));
         }
     }
+    text
 }

@@ -49,13 +49,19 @@ pub struct Director<'a> {
 impl<'a> Director<'a> {
     /// Starts rvsd in the node and waits until it is ready. Without a hook, rvsd chooses; without interfaces too.
     pub fn start(node: NodeHandle<'a>, interfaces: &[(&str, Option<Hook>)]) -> Result<Self> {
+        Self::start_with(node, interfaces, &[])
+    }
+
+    /// The same with more options.
+    pub fn start_with(node: NodeHandle<'a>, interfaces: &[(&str, Option<Hook>)], options: &[&str]) -> Result<Self> {
         let mut director = Self { node, args: Vec::new(), process: None };
         director.args =
-            ["--socket".to_owned(), shown(director.socket()), "--pin".to_owned(), shown(node.dir().join("bpf"))].into();
+            ["--socket".to_owned(), shown(director.socket()), "--pin".to_owned(), shown(director.pins())].into();
         for (interface, hook) in interfaces {
             let hook = hook.map(|h| format!("={h}")).unwrap_or_default();
             director.args.extend(["--interface".to_owned(), format!("{interface}{hook}")]);
         }
+        director.args.extend(options.iter().map(|&option| option.to_owned()));
         director.start_again()?;
         Ok(director)
     }
@@ -93,6 +99,11 @@ impl<'a> Director<'a> {
 
     pub fn node(&self) -> NodeHandle<'a> {
         self.node
+    }
+
+    /// The folder of its pins.
+    pub fn pins(&self) -> PathBuf {
+        self.node.dir().join("bpf")
     }
 
     /// The control socket, for `$RVS_SOCKET`.

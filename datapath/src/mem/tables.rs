@@ -4,8 +4,8 @@ use super::{MemConns, MemPacket};
 use crate::abi::{
     self, Config, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState, Stats,
 };
-use crate::conn::{Policy, Timeouts};
-use crate::ct::{MIN_BUCKETS, Seed, V4, V6};
+use crate::conn::{self, Policy, Timeouts};
+use crate::ct::{self, MIN_BUCKETS, Seed, V4, V6};
 use crate::packet::Ip;
 use crate::tables::{Machine, Route, Tables, Walker};
 use crate::verdict::{COUNTERS, Verdict};
@@ -143,6 +143,17 @@ impl MemTables {
         self.conns6.sweep();
     }
 
+    /// What the timer does in one of [`abi::SWEEP_TICKS`] ticks.
+    pub fn sweep_slice(&self, tick: u32) {
+        let slice = |mask: u32| {
+            let (at, of, buckets) =
+                (u64::from(tick % abi::SWEEP_TICKS), u64::from(abi::SWEEP_TICKS), u64::from(mask) + 1);
+            (at * buckets / of) as u32..((at + 1) * buckets / of) as u32
+        };
+        self.conns4.sweep_buckets(slice(self.config.mask4));
+        self.conns6.sweep_buckets(slice(self.config.mask6));
+    }
+
     /// A dest as each packet reads it. `index` is not 0.
     pub fn set_dest(&mut self, index: u32, dest: Dest) {
         self.dests[index as usize] = dest;
@@ -162,10 +173,24 @@ impl MemTables {
             persistent: 0,
         }
     }
-    /// ActiveConn and InActConn of a dest as the entries say.
-    pub fn recount(&self, index: u32) -> (i64, i64) {
-        let (four, six) = (self.conns4.recount(index), self.conns6.recount(index));
-        (four.0 + six.0, four.1 + six.1)
+    /// Entries of both connection tables, forward and reverse, swept or not.
+    pub fn entries(&self) -> usize {
+        self.conns4.entries().count() + self.conns6.entries().count()
+    }
+    /// ActiveConn and InActConn of the dests as the entries say; those that have neither are left out.
+    pub fn recounts(&self) -> BTreeMap<u32, (i64, i64)> {
+        let mut sums = BTreeMap::new();
+        recount(&self.conns4, &mut sums);
+        recount(&self.conns6, &mut sums);
+        sums
+    }
+    /// Do the counters say what the entries say? The first dest where they don't.
+    pub fn miscounted(&self) -> Option<u32> {
+        let sums = self.recounts();
+        (1..self.dests.len() as u32).find(|dest| {
+            let s = self.dest_state(*dest);
+            (s.active as i64, s.inactive as i64) != sums.get(dest).copied().unwrap_or_default()
+        })
     }
     pub fn stats(&self, dest: u32) -> Stats {
         let of = |i: usize| self.stats[dest as usize].0[i].load(Relaxed);
@@ -183,6 +208,13 @@ impl MemTables {
     /// Packets of each reason so far, by `Reason as usize`.
     pub fn verdicts(&self) -> [u64; COUNTERS] {
         std::array::from_fn(|i| self.verdicts[i].load(Relaxed))
+    }
+}
+
+fn recount<F: Ip>(conns: &MemConns<F>, sums: &mut BTreeMap<u32, (i64, i64)>) {
+    for e in conns.entries().filter(|e| e.control & ct::REVERSE == 0) {
+        let sum = sums.entry(conn::dest(e.control)).or_default();
+        if conns.policy.row(e.control).active() { sum.0 += 1 } else { sum.1 += 1 }
     }
 }
 

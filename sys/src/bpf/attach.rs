@@ -5,7 +5,7 @@
 //! handle of our own, and `filters/<interface>-<hook>` is its program.
 
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
-use aya::programs::{Program, ProgramInfo, TcAttachType};
+use aya::programs::{Program, ProgramInfo, SchedClassifier, TcAttachType};
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -131,7 +131,7 @@ impl Dataplane {
     ///
     /// # Errors
     /// The program doesn't load; or the kernel refuses, with the interface, the reason and what can be done. What was attached
-    /// before still is, except that native and generic XDP can't wait for each other.
+    /// before still is.
     pub fn attach(&mut self, port: Port<'_>, hook: Hook) -> Result<Done> {
         let fd = self.program_fd(hook.program())?;
         let all = list(&self.dir)?;
@@ -142,8 +142,18 @@ impl Dataplane {
         }
         let ours = all.iter().find(|a| a.hook == hook && a.link != 0 && a.ifindex == port.ifindex);
         let done = match ours {
-            Some(a) => self.replace(a, port, fd.as_fd())?,
-            None => self.create(port, hook, fd.as_fd())?,
+            Some(a) => self.replace(a, port, fd.as_fd()),
+            None => self.create(port, hook, fd.as_fd()),
+        };
+        let done = match done {
+            Ok(done) => done,
+            Err(error) => {
+                // Back to what was there, with the program of today; if even that fails, the first error says why.
+                for a in rivals.iter().filter(exclusive) {
+                    let _ = self.create(port, a.hook, fd.as_fd());
+                }
+                return Err(error);
+            }
         };
         for a in rivals.iter().filter(|a| !exclusive(a)) {
             detach(&self.dir, &a.name, a.hook)?;
@@ -189,20 +199,16 @@ impl Dataplane {
         let Some(direction) = hook.direction() else {
             return Err(BpfError::Refused(format!("{} is no tc hook", hook.name())));
         };
-        self.program_fd(hook.program())?;
         let at = || format!("attach {} to {} as a tc filter", hook.program(), port.name);
         // It is there already, if another put it there; what counts is whether the filter goes in.
         let _ = tc::qdisc_add_clsact(port.name);
         let path = filter_pin(&self.dir, port.name, hook);
         make_folder(&path)?;
-        let Some(Program::SchedClassifier(program)) = self.ebpf.program_mut(hook.program()) else {
-            return Err(BpfError::Refused(format!("the object's {} is no tc program", hook.program())));
-        };
-        let there = path.exists().then(|| SchedClassifierLink::attached(port.name, direction, PRIORITY, HANDLE, None));
-        let replaced = match there {
-            Some(link) => program.attach_to_link(link.map_err(failed(at()))?).ok(),
-            None => None,
-        };
+        let program = self.tc(hook.program())?;
+        let there =
+            SchedClassifierLink::attached(port.name, direction, PRIORITY, HANDLE, None).map_err(failed(at()))?;
+        // (One that the interface had under another name, too.)
+        let replaced = program.attach_to_link(there).ok();
         let (id, done) = match replaced {
             Some(id) => (id, Done::Replaced),
             None => {
@@ -216,6 +222,18 @@ impl Dataplane {
         let _ = std::fs::remove_file(&path);
         program.pin(&path).map_err(failed(format!("pin {}", path.display())))?;
         Ok(done)
+    }
+
+    /// A tc program by name, loaded if it was not.
+    ///
+    /// # Errors
+    /// There is none of that name, or it doesn't load.
+    pub fn tc(&mut self, name: &str) -> Result<&mut SchedClassifier> {
+        self.program_fd(name)?;
+        match self.ebpf.program_mut(name) {
+            Some(Program::SchedClassifier(program)) => Ok(program),
+            _ => Err(BpfError::Refused(format!("the object's {name} is no tc program"))),
+        }
     }
 
     /// The program, loaded if it was not.

@@ -4,33 +4,40 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::SeqCst;
 
 use aya::programs::{TestRun, TestRunOptions};
-use rvs_datapath::abi::{DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats};
+use rvs_datapath::abi::{Clock, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats};
 use rvs_datapath::verdict::{COUNTERS, Reason};
-use rvs_fixtures::case::{Code, Counted, Engine, FlowRow, Sent};
+use rvs_fixtures::case::{Code, Counted, Engine, FlowRow, START_S, Sent};
 use rvs_fixtures::cases;
 use rvs_fixtures::native::{Native, SEED};
 use rvs_fixtures::world::{
     BACK, BACK_MAC, CLIENT_MAC, LAN, LAN_MAC, Layout, Net, REFUSED, SERVERS, STRANGER, server_mac,
 };
+use rvs_sys::bpf::attach::Hook;
 use rvs_sys::bpf::{Dataplane, OBJECT, Sizes};
 
 use crate::world::Ns;
 
-pub const CASES: &[crate::Case] =
-    &[("packet_fixtures_are_the_same_in_the_kernel_and_natively", same_in_the_kernel_and_natively)];
+pub const CASES: &[crate::Case] = &[
+    ("packet_fixtures_are_the_same_in_the_kernel_and_natively", || {
+        same_in_the_kernel_and_natively(Hook::XdpNative, &[])
+    }),
+    ("packet_fixtures_are_the_same_through_tc", || same_in_the_kernel_and_natively(Hook::Tc, RESOLVED)),
+];
 
-fn same_in_the_kernel_and_natively() {
+/// Cases in which a next hop has no known neighbour: tc has the kernel resolve it.
+const RESOLVED: &[&str] = &["a_hop_that_is_not_ready", "a_reply_whose_client_has_no_known_neighbour"];
+
+fn same_in_the_kernel_and_natively(hook: Hook, except: &[&str]) {
     let ns = director();
     rvs_sys::netns::enter(&ns.name).expect("enter the namespace");
-    let pins = Bpffs::mount();
-    let mut kernel = Kernel::open(&pins);
+    let pins = Bpffs::mount(hook.name());
+    let mut kernel = Kernel::open(&pins, hook);
     let mut native = Native::default();
     let (mut failed, mut packets) = (Vec::new(), 0);
-    for case in cases::all() {
+    for case in cases::all().iter().filter(|c| !except.contains(&c.name)) {
         let run = std::panic::AssertUnwindSafe(|| {
             let (here, there) = (case.run(&mut native), case.run(&mut kernel));
-            // The kernel carries no frame shorter than its Ethernet header.
-            let here: Vec<Sent> = here.into_iter().filter(|s| s.bytes.len() >= ETHERNET).collect();
+            let here: Vec<Sent> = here.into_iter().filter(|s| carried(hook, &s.bytes)).collect();
             assert_eq!(here.len(), there.len(), "{}: packets natively and in the kernel", case.name);
             for (i, (here, there)) in here.iter().zip(&there).enumerate() {
                 assert_eq!(here, there, "{}: packet {i}, natively and in the kernel", case.name);
@@ -46,7 +53,16 @@ fn same_in_the_kernel_and_natively() {
     assert!(packets > 10_000, "only {packets} packets were compared");
 }
 
-const ETHERNET: usize = 14;
+/// The kernel carries no frame shorter than its Ethernet header, and as an skb none shorter than its IP header.
+fn carried(hook: Hook, frame: &[u8]) -> bool {
+    frame.len()
+        >= match (hook, frame.get(12..14)) {
+            (Hook::Tc, Some([8, 0])) => 34,
+            (Hook::Tc, Some([0x86, 0xdd])) => 54,
+            (Hook::Tc, _) => 15,
+            _ => 14,
+        }
+}
 
 /// The director of `rvs_fixtures::world`: interfaces, addresses, routes and neighbours.
 fn director() -> Ns {
@@ -81,8 +97,8 @@ fn director() -> Ns {
 struct Bpffs(PathBuf);
 
 impl Bpffs {
-    fn mount() -> Bpffs {
-        let folder = std::env::temp_dir().join(format!("rvssys-{}-bpf", std::process::id()));
+    fn mount(name: &str) -> Bpffs {
+        let folder = std::env::temp_dir().join(format!("rvssys-{}-bpf-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let none: Option<&str> = None;
         nix::mount::mount(Some("bpf"), &folder, Some("bpf"), nix::mount::MsFlags::empty(), none)
@@ -101,6 +117,7 @@ impl Drop for Bpffs {
 /// The programs and maps of the kernel.
 struct Kernel {
     dataplane: Dataplane,
+    hook: Hook,
     /// What is loaded, to be taken away again.
     layout: Layout,
     /// Counters as they were when the case began: the kernel's are never set back.
@@ -112,17 +129,19 @@ struct Kernel {
 }
 
 impl Kernel {
-    fn open(pins: &Bpffs) -> Kernel {
+    fn open(pins: &Bpffs, hook: Hook) -> Kernel {
         // 4096 buckets for each family, as natively.
         let sizes = Sizes { flows4: 8192, flows6: 6144, ..SIZES };
-        let dataplane = Dataplane::open(OBJECT, &pins.0.join("fixtures"), &sizes).expect("load the data plane");
+        // Without the timer: the clock is ours.
+        let folder = pins.0.join("fixtures");
+        let dataplane = Dataplane::load(OBJECT, &folder, &sizes, &["rvs_xdp"], &[]).expect("load the data plane");
         let mut config = dataplane.maps.config.get(0).expect("the configuration");
         assert_eq!((config.mask4, config.mask6), (4095, 4095), "both engines lay flows in the same places");
         config.seed = SEED;
         dataplane.maps.config.set(0, config).expect("set the seed");
         let verdicts = [0; COUNTERS];
         let (layout, stats_before) = (Layout::default(), Vec::new());
-        Kernel { dataplane, layout, verdicts_before: verdicts, stats_before, verdicts, last: Reason::Route }
+        Kernel { dataplane, hook, layout, verdicts_before: verdicts, stats_before, verdicts, last: Reason::Route }
     }
     fn counter(&self, reason: usize) -> u64 {
         self.dataplane.maps.verdicts.get(reason as u32).expect("a counter").iter().sum()
@@ -172,8 +191,8 @@ impl Engine for Kernel {
         for i in 0..SIZES.services {
             maps.service_state.set(i, ServiceState::default()).expect("clear");
         }
-        // The limit of ICMP errors starts anew.
-        maps.clock.word(0, 1).expect("the clock").store(0, SeqCst);
+        // The limit of ICMP errors starts anew, too.
+        maps.clock.set(0, Clock { now_s: START_S, ..Clock::default() }).expect("the clock");
         self.verdicts = maps.verdicts().expect("the counters");
         self.verdicts_before = self.verdicts;
         self.stats_before = (0..SIZES.dests).map(|d| self.stats(d)).collect();
@@ -208,6 +227,9 @@ impl Engine for Kernel {
         }
         self.layout = layout.clone();
     }
+    fn set_now(&mut self, now_s: u32) {
+        self.dataplane.maps.clock.set(0, Clock { now_s, ..Clock::default() }).expect("the clock");
+    }
     fn set_machines(&mut self, service: u32, state: ServiceState) {
         self.dataplane.maps.service_state.set(service, state).expect("machines");
     }
@@ -215,24 +237,37 @@ impl Engine for Kernel {
         self.dataplane.maps.service_state.get(service).expect("machines")
     }
     fn send(&mut self, frame: &[u8], ifindex: u32) -> Option<Sent> {
-        if frame.len() < ETHERNET {
+        if !carried(self.hook, frame) {
             return None;
         }
-        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-        let context: Vec<u8> =
-            [0, frame.len() as u32, 0, ifindex, 0, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+        // Words of struct xdp_md (its data_end and ingress_ifindex) or of struct __sk_buff (its ifindex).
+        let mut context = [0u32; 11];
+        let words = if self.hook == Hook::Tc {
+            context[10] = ifindex;
+            11
+        } else {
+            (context[1], context[3]) = (frame.len() as u32, ifindex);
+            6
+        };
+        let context: Vec<u8> = context[..words].iter().flat_map(|word| word.to_ne_bytes()).collect();
         let mut out = vec![0; 4096];
         let mut options = TestRunOptions::new();
-        (options.data_in, options.data_out, options.ctx_in) = (Some(frame), Some(&mut out), Some(&context));
-        let done = self.dataplane.xdp("rvs_xdp").expect("the program").test_run(options);
+        (options.data_in, options.data_out, options.ctx_in) = (Some(frame), Some(&mut out[..]), Some(&context[..]));
+        let done = match self.hook {
+            Hook::Tc => self.dataplane.tc("rvs_tc_in").expect("the program").test_run(options),
+            _ => self.dataplane.xdp("rvs_xdp").expect("the program").test_run(options),
+        };
         let done = done.unwrap_or_else(|e| panic!("a frame of {} bytes by {ifindex}: {e:?}", frame.len()));
         out.truncate(done.data_size_out as usize);
-        let code = match done.return_value {
-            1 => Code::Drop,
-            2 => Code::Up,
-            3 => Code::Back,
-            4 => Code::Out,
-            other => panic!("the program returned {other}"),
+        let code = match (self.hook, done.return_value) {
+            (Hook::Tc, 2) | (Hook::XdpNative, 1) => Code::Drop,
+            (Hook::Tc, u32::MAX) | (Hook::XdpNative, 2) => Code::Up,
+            (Hook::XdpNative, 3) => Code::Back,
+            (Hook::XdpNative, 4) => Code::Out,
+            // The kernel does not tell where to: the source address does.
+            (Hook::Tc, 7) if out[6..12] == if ifindex == LAN { LAN_MAC } else { BACK_MAC } => Code::Back,
+            (Hook::Tc, 7) => Code::Out,
+            (_, other) => panic!("the program returned {other}"),
         };
         Some(Sent { code, reason: self.reason(), bytes: out })
     }

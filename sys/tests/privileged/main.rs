@@ -7,6 +7,7 @@
 mod fixtures;
 mod net;
 mod ns;
+mod tc;
 mod world;
 
 use std::process::ExitCode;
@@ -25,10 +26,16 @@ fn main() -> ExitCode {
     let all = world::unavailable();
     let vlan = all.clone().or_else(world::no_vlan);
     let firewall = all.clone().or_else(|| world::missing(&["nft", "iptables-nft", "ip6tables-nft"]));
+    let ethtool = all.clone().or_else(|| world::missing(&["ethtool", "tc"]));
     let mut trials = Vec::new();
-    for (cases, skip) in
-        [(fixtures::CASES, &all), (net::CASES, &all), (ns::CASES, &all), (net::VLAN_CASES, &vlan), (ns::FIREWALL_CASES, &firewall)]
-    {
+    for (cases, skip) in [
+        (fixtures::CASES, &all),
+        (net::CASES, &all),
+        (ns::CASES, &all),
+        (net::VLAN_CASES, &vlan),
+        (ns::FIREWALL_CASES, &firewall),
+        (tc::CASES, &ethtool),
+    ] {
         for &(name, run) in cases {
             if let Some(why) = skip.as_ref().filter(|_| !arguments.list) {
                 eprintln!("SKIPPED: {name}: {why}");

@@ -244,7 +244,7 @@ impl Report {
         for (version, method, before, after) in &self.floods {
             let _ = writeln!(
                 out,
-                "* {}, {}: of {before} established flows {after} were there after a flood of twice as many SYNs as the table has \
+                "* {}, {}: of {before} established flows {after} were there after a flood of as many SYNs as the table has \
                  places.",
                 version.of("IPv4", "IPv6"),
                 if *method == Method::Dr { "DR" } else { "NAT" }

@@ -1,40 +1,27 @@
 //! The lab itself, without a director: clients reach the real servers by plain routing, and nothing is left behind.
-//! Needs root; without it every test is listed as ignored, and says so.
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use libtest_mimic::{Arguments, Failed, Trial};
 use rvs_lab::layouts::{Gateway, Layout, Options};
 use rvs_lab::load::{self, Load};
 use rvs_lab::netns::Netns;
 use rvs_lab::{Error, Lab, Route, State, Topology, service};
 
-type TestResult = Result<(), Failed>;
-type Test = fn() -> TestResult;
+use crate::support::{Test, TestResult, check, test};
 
-fn main() {
-    let tests: [(&str, Test); 7] = [
-        ("http_reaches_every_server_in_both_families", http_reaches_every_server_in_both_families),
-        ("dns_reaches_every_server_in_both_families", dns_reaches_every_server_in_both_families),
-        ("big_files_arrive_whole_both_ways", big_files_arrive_whole_both_ways),
-        ("every_layout_comes_up_and_leaves_nothing", every_layout_comes_up_and_leaves_nothing),
-        ("what_fails_half_way_leaves_nothing", what_fails_half_way_leaves_nothing),
-        ("a_kept_lab_is_found_and_ended_by_name", a_kept_lab_is_found_and_ended_by_name),
-        ("commands_tell_what_went_wrong", commands_tell_what_went_wrong),
-    ];
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        println!("SKIPPED: the lab's tests: not root, so no network namespaces");
-    }
-    let trials = tests.into_iter().map(|(name, test)| Trial::test(name, test).with_ignored_flag(!root)).collect();
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
-}
-
-fn check(holds: bool, what: impl FnOnce() -> String) -> TestResult {
-    if holds { Ok(()) } else { Err(what().into()) }
+pub fn tests() -> Vec<Test> {
+    vec![
+        test("http_reaches_every_server_in_both_families", http_reaches_every_server_in_both_families),
+        test("dns_reaches_every_server_in_both_families", dns_reaches_every_server_in_both_families),
+        test("big_files_arrive_whole_both_ways", big_files_arrive_whole_both_ways),
+        test("every_layout_comes_up_and_leaves_nothing", every_layout_comes_up_and_leaves_nothing),
+        test("what_fails_half_way_leaves_nothing", what_fails_half_way_leaves_nothing),
+        test("a_kept_lab_is_found_and_ended_by_name", a_kept_lab_is_found_and_ended_by_name),
+        test("commands_tell_what_went_wrong", commands_tell_what_went_wrong),
+    ]
 }
 
 /// Without a director's program the director node is a router: the client asks each real server itself.

@@ -1,0 +1,66 @@
+//! Big files through the director, both ways: no byte lost, doubled or changed.
+
+use std::time::Duration;
+
+use rvs_lab::layouts::{Layout, Options};
+use rvs_lab::{Hook, Lab, load, service};
+
+use crate::support::{Test, TestResult, check, director, http, lab, serve, test, vip};
+
+pub fn tests() -> Vec<Test> {
+    // After XDP nobody finishes a checksum that an endpoint left to its device, or cuts a segment: there, none is left.
+    let cases = [
+        ("transfers_xdp", Hook::Xdp, false),
+        ("transfers_skb", Hook::Skb, false),
+        ("transfers_tc", Hook::Tc, false),
+        ("transfers_tc_with_offloads", Hook::Tc, true),
+    ];
+    cases.map(|(name, hook, offload)| test(name, move || transfers(hook, offload))).into()
+}
+
+const TRANSFER_TIME: Duration = Duration::from_secs(30);
+
+fn transfers(hook: Hook, offload: bool) -> TestResult {
+    let layout = Layout::TwoArmed;
+    let lab = lab(&layout.topology(&Options { servers: 2, offload, ..Options::default() }))?;
+    let rvs = director(&lab, layout.director_interfaces(), hook)?;
+    for (method, port) in [("-m", 8080), ("-m", 80), ("-g", 80)] {
+        for ipv6 in [false, true] {
+            let vip = vip(&lab, ipv6, 80)?;
+            serve(&lab, &rvs, "-t", vip, method, port)?;
+            // The first packets to each real server make its MAC address known.
+            http(&lab, vip, 2)?;
+            let before = rvs.verdicts()?;
+            for turn in 0..2 {
+                there_and_back(&lab, vip, &format!("{method}-{port}-{ipv6}-{turn}"))
+                    .map_err(|why| format!("{method} to {port}, {vip}: {why:?}"))?;
+            }
+            let since = rvs.verdicts()?.since(&before);
+            let verdict = if method == "-m" { "nat" } else { "dr" };
+            // 4 MB each way in frames of 1500 bytes; one frame may carry 64 KiB where segmentation is left to the device.
+            let least = if offload { 4 * 1024 * 1024 / 65536 } else { 4 * 1024 * 1024 / 1500 };
+            check(since.of(verdict) > least, || format!("{method}: the data plane forwarded {since}"))?;
+            rvs.ipvsadm(&format!("-D -t {vip}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// One download and one upload; the two servers take turns.
+fn there_and_back(lab: &Lab, vip: std::net::SocketAddr, name: &str) -> TestResult {
+    let client = lab.node("client")?;
+    let body = load::http_get(client, vip, "/payload", TRANSFER_TIME)?;
+    let servers: Vec<&str> = lab.topology().servers().map(|n| n.name.as_str()).collect();
+    check(servers.iter().any(|s| body == service::payload(s)), || {
+        format!("the download of {} bytes is no server's file", body.len())
+    })?;
+    let sent = service::payload(name);
+    load::http_put(client, vip, &format!("/upload/{name}"), &sent, TRANSFER_TIME)?;
+    let kept = |server: &str| Ok::<_, rvs_lab::Error>(lab.node(server)?.dir().join("web/upload").join(name));
+    for server in servers {
+        if let Ok(bytes) = std::fs::read(kept(server)?) {
+            return check(bytes == sent, || format!("the upload of {} bytes differs", bytes.len()));
+        }
+    }
+    Err("no server has the upload".into())
+}
