@@ -78,7 +78,7 @@ mod tests {
     #[test]
     fn a_steady_load_is_shown_as_it_is() {
         let mut e = Estimator::default();
-        for tick in 0..40 {
+        for tick in 0..80 {
             e.tick([(What::Total, stats(200 * tick))].into_iter());
         }
         let r = e.rates(&What::Total);
