@@ -390,15 +390,26 @@ impl Planner {
         };
         let Some(dest) = service.dest(&name) else { return Ok(()) };
         self.remember(key, step);
-        let old = self.rest.trash.remove(&(key, name)).filter(|t| self.has_method(t.index, dest));
-        let (index, fresh, before) = match old {
-            Some(t) => (t.index, t.serial != placed.record.serial, Some(t.last_weight)),
-            None => (self.rest.dest_indexes.take()?, true, None),
+        let trashed = self.rest.trash.remove(&(key, name));
+        let serial = placed.record.serial;
+        let last_weight = lists::last_weight(trashed.map(|t| t.last_weight), dest.weight);
+        let mut former = Vec::new();
+        let (index, fresh) = match trashed {
+            Some(t) if self.has_method(t.index, dest) => (t.index, t.serial != serial),
+            other => {
+                if let Some(t) = other {
+                    // Its connections go on by the method that they began with.
+                    self.revive(t.index, placed.index, step);
+                    let fresh = t.serial != serial;
+                    step.ops.push(MapOp::StatsIn { service: placed.index, dest: t.index, fresh });
+                    former.push(t.index);
+                }
+                (self.rest.dest_indexes.take()?, true)
+            }
         };
-        let last_weight = lists::last_weight(before, dest.weight);
         self.write_dest(index, dest, placed.index, last_weight, step);
         step.ops.push(MapOp::StatsIn { service: placed.index, dest: index, fresh });
-        placed.dests.insert(name, PlacedDest { index, last_weight, former: Vec::new() });
+        placed.dests.insert(name, PlacedDest { index, last_weight, former });
         self.relist(&mut placed, lists::Change::Add { dest: index, weight: dest.weight }, now_ms, step)?;
         self.retable(&mut placed, service, now_ms, step)?;
         self.services.insert(key, placed);
@@ -477,6 +488,15 @@ impl Planner {
         if let Some(other) = self.rest.trash.insert((key, name), trashed) {
             self.rest.nameless.insert(other.index);
         }
+    }
+
+    /// A dest out of the trash: packets of its connections are forwarded again.
+    fn revive(&mut self, index: u32, service: u32, step: &mut Step) {
+        let Some(mirror) = self.dests.get(&index).copied() else { return };
+        let mut record = abi::Dest { out: mirror.record.out | u64::from(flag::AVAILABLE), service, ..mirror.record };
+        self.point(&mut record, mirror.address);
+        step.mirrors.push((index, self.dests.insert(index, Mirror { record, ..mirror })));
+        step.ops.push(MapOp::Dest { index, value: record });
     }
 
     fn has_method(&self, index: u32, dest: &Dest) -> bool {

@@ -235,11 +235,16 @@ fn body_of(answer: &[u8]) -> Result<Vec<u8>, String> {
 
 /// RFC 1035 4.1.1: a query's identifier; different for each question, so that a late answer is not taken for another's.
 static QUERY: AtomicU16 = AtomicU16::new(1);
+/// Source ports of questions, one after the other.
+static PORT: AtomicU16 = AtomicU16::new(0);
 
 /// Asks a DNS server, from where this thread is, for the TXT record of [`DNS_NAME`]; its first string.
 pub(crate) fn ask_dns(target: SocketAddr, timeout: Duration) -> Result<String, String> {
     let any: IpAddr = if target.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind((any, 0)).map_err(|e| format!("bind: {e}"))?;
+    // A port that no question before had: a director keeps UDP flows for minutes, and one whose server was removed meanwhile is
+    // dropped. Below the ports that the kernel gives to TCP.
+    let port = 10_000 + PORT.fetch_add(1, Ordering::Relaxed) % 20_000;
+    let socket = UdpSocket::bind((any, port)).map_err(|e| format!("bind: {e}"))?;
     // Connected, so that only an answer from the very address asked is heard.
     socket.connect(target).map_err(|e| format!("connect: {e}"))?;
     socket.set_read_timeout(Some(timeout)).map_err(|e| e.to_string())?;

@@ -309,6 +309,16 @@ fn a_dest_added_again_gets_its_index_back_and_one_that_is_idle_does_not() {
     assert_ne!(index(&w), first);
     assert_eq!(w.planner.dest_indexes(&service(0), &dest(1, 1, false).key).unwrap().1, [first]);
     assert_ne!(w.maps.dests[&first].out as u32 & flag::AVAILABLE, 0, "they go on");
+    // The same over a removal: added with another method, the connections of the old one are forwarded again as they were.
+    assert!(w.command(&Command::DelService(service(0)), false));
+    assert!(w.command(&Command::AddService(service(0), spec("rr")), false));
+    assert!(w.command(&Command::AddDest(service(0), dest(2, 1, true)), false));
+    let second = w.planner.dest_indexes(&service(0), &dest(2, 1, true).key).unwrap().0;
+    assert!(w.command(&Command::DelDest(service(0), dest(2, 1, true).key), false));
+    assert!(w.command(&Command::AddDest(service(0), dest(2, 1, false)), false));
+    assert_eq!(w.planner.dest_indexes(&service(0), &dest(2, 1, false).key).unwrap().1, [second]);
+    assert_ne!(w.maps.dests[&second].out as u32 & flag::AVAILABLE, 0);
+    assert!(w.command(&Command::AddDest(service(0), dest(1, 1, false)), false));
     let step = w.planner.idle(&BTreeSet::from([first]));
     w.maps.apply(&step.ops);
     assert_eq!(w.planner.dest_indexes(&service(0), &dest(1, 1, false).key).unwrap().1, [0u32; 0]);
