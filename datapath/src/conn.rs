@@ -598,7 +598,7 @@ pub fn touch<F: Addressing, C: Conns<F> + ?Sized, B: ct::Bucket>(
     let (old, new) = hit.update::<F>(words, |old| {
         let state = next(ct::state(old));
         let age = (now_s >> p.current(old, state).shift()) as u64 & AGE_MASK;
-        // The packet that opened a TCP flow finds it in state NONE; it is counted by its having been opened.
+        // The packet that opened the flow is counted by its having been opened. Not in state 0, which is UDP's: nobody asks there.
         let more = if client && old & PACKETS != PACKETS && ct::state(old) != 0 { 1 << PACKETS_SHIFT } else { 0 };
         (old & !(ct::STATE | AGE | EPOCH) | ((p.epoch & 1) as u64) << EPOCH_SHIFT | age << AGE_SHIFT | state) + more
     })?;
