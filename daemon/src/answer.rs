@@ -99,7 +99,7 @@ fn report(d: &Director) -> Result<StatsReport, BpfError> {
                 let values = d.dataplane.maps.dest_stats.get(index)?;
                 cpus.resize(cpus.len().max(values.len()), Stats::default());
                 for (sum, value) in cpus.iter_mut().zip(values) {
-                    *sum = combine(*sum, value, u64::wrapping_add);
+                    *sum = combine(*sum, value.stats, u64::wrapping_add);
                 }
             }
         }

@@ -315,7 +315,7 @@ impl Network {
         }
         let mac = link.mac.map(|m| m.0).unwrap_or_default();
         let flags = if link.kind == "veth" { iface::REDIRECT_BACK } else { 0 };
-        let iface = Iface { ifindex: link.ifindex, mac, flags, mtu: link.mtu };
+        let iface = Iface::new(link.ifindex, mac, flags, link.mtu);
         if there != iface {
             ifaces.set(at, iface).map_err(|e| shown(&e))?;
         }

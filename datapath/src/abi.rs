@@ -5,7 +5,7 @@
 //! word when a list changes); they never share a value. A change is published by one aligned 8-byte store.
 //! [`VERSION`] changes with this file: pins of another version are not adopted.
 
-use crate::conn::Policy;
+use crate::conn::{Policy, Stamps};
 use crate::ct::Seed;
 
 /// Hash of this file's text (FNV-1a), so that no layout change goes unnoticed.
@@ -19,15 +19,17 @@ pub const VERSION: u64 = {
     hash
 };
 
-/// Names of the maps, as in the object and in the pin folder.
+/// Names of the maps, as in the programs and in the pin folder. All but [`map::SERVICE_KEYS`] and [`map::TIMER`] are arrays of one
+/// value, which holds all entries one after the other, each of whole 8-byte words: programs and user space reach them
+/// in memory. The number of entries is a power of two.
 pub mod map {
-    /// [`crate::ct`] words of IPv4 flows; one memory-mappable value, sized at creation.
+    /// [`crate::ct`] words of IPv4 flows, by bucket.
     pub const CONN4: &str = "CONN4";
     /// ... of IPv6 flows.
     pub const CONN6: &str = "CONN6";
     /// [`super::Config`], one entry.
     pub const CONFIG: &str = "CONFIG";
-    /// [`super::Clock`], one entry, memory-mappable.
+    /// [`super::Clock`], one entry.
     pub const CLOCK: &str = "CLOCK";
     /// The BPF timer that ticks, one entry.
     pub const TIMER: &str = "TIMER";
@@ -45,7 +47,7 @@ pub mod map {
     pub const DEST_INFO: &str = "DEST_INFO";
     /// [`super::DestState`] by dest index.
     pub const DEST_STATE: &str = "DEST_STATE";
-    /// [`super::Stats`] by dest index, a value for each CPU.
+    /// [`super::CpuStats`] by dest index, such an array for each CPU.
     pub const DEST_STATS: &str = "DEST_STATS";
     /// [`super::ListEntry`]: the services' lists of dests, each a run of entries.
     pub const LISTS: &str = "LISTS";
@@ -55,7 +57,7 @@ pub mod map {
     pub const HOPS: &str = "HOPS";
     /// [`super::Hop`]s that the data plane found for replies; 0 is none.
     pub const REPLY_HOPS: &str = "REPLY_HOPS";
-    /// u64 by [`crate::verdict::Reason`], a value for each CPU.
+    /// u64 by [`crate::verdict::Reason`], such an array for each CPU.
     pub const VERDICTS: &str = "VERDICTS";
 }
 
@@ -67,9 +69,6 @@ pub struct Config {
     pub version: u64,
     pub seed: Seed,
     pub policy: Policy,
-    /// Buckets - 1 of CONN4 and CONN6.
-    pub mask4: u32,
-    pub mask6: u32,
     /// Settings to come.
     pub flags: u32,
     /// `Clock::ticks` when the policy's epoch was turned last.
@@ -90,6 +89,13 @@ pub struct Clock {
     pub icmp: u64,
     /// Monotonic nanoseconds of the last tick.
     pub tick_ns: u64,
+    pub stamps: Stamps,
+}
+impl Clock {
+    /// A clock that stands at this second.
+    pub fn at(now_s: u32, policy: &Policy) -> Clock {
+        Clock { now_s, stamps: Stamps::new(policy, now_s), ..Clock::default() }
+    }
 }
 
 /// The timer ticks this often; a full sweep takes [`SWEEP_TICKS`].
@@ -101,12 +107,19 @@ pub const SWEEP_TICKS: u32 = 80;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Iface {
+    /// The first eight bytes of a frame for it, the last two 0: the MAC address.
+    pub mac: u64,
     /// 0: no interface here.
     pub ifindex: u32,
-    pub mac: [u8; 6],
     /// Bits [`iface`].
     pub flags: u16,
-    pub mtu: u32,
+    pub mtu: u16,
+}
+impl Iface {
+    pub fn new(ifindex: u32, [a, b, c, d, e, f]: [u8; 6], flags: u16, mtu: u32) -> Iface {
+        let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
+        Iface { mac: u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), ifindex, flags, mtu }
+    }
 }
 pub const IFACES_MAX: u32 = 1024;
 
@@ -262,6 +275,14 @@ pub struct Stats {
     pub bytes_out: u64,
 }
 
+/// One CPU's counters of a dest: a cache line of their own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuStats {
+    pub stats: Stats,
+    pub spare: [u64; 3],
+}
+
 /// A next hop: the first twelve bytes of a frame, and where it leaves.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -275,8 +296,8 @@ pub const REPLY_HOPS_MAX: u32 = 256;
 
 /// Sizes, and no padding: the sum of the fields.
 const _: () = {
-    assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 16 + 16);
-    assert!(size_of::<Clock>() == 24);
+    assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 8 + 16);
+    assert!(size_of::<Clock>() == 24 + 256);
     assert!(size_of::<Iface>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 32 + 20 + 4 + 16 + 8 + 40 + 8);
@@ -286,5 +307,6 @@ const _: () = {
     assert!(size_of::<DestInfo>() == 24 + 40);
     assert!(size_of::<DestState>() == 32);
     assert!(size_of::<Stats>() == 40);
+    assert!(size_of::<CpuStats>() == 64);
     assert!(size_of::<Hop>() == 16);
 };

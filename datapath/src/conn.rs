@@ -324,6 +324,11 @@ pub trait Conns<F: Addressing> {
     fn table(&self) -> &Self::Table;
     fn policy(&self) -> &Policy;
     fn now_s(&self) -> u32;
+    /// See [`Stamps`].
+    #[inline(always)]
+    fn stamp(&self, proto: u64, state: u64) -> u64 {
+        u64::from(stamp_of(self.policy(), self.now_s(), (proto << 4 | state) as usize))
+    }
     /// Move a dest's ActiveConn and InActConn.
     fn account(&self, dest: u32, active: i64, inactive: i64);
     /// Address and port (host order; 0: the flow's own) of a dest.
@@ -573,15 +578,53 @@ pub fn make_way<F: Addressing, C: Conns<F> + ?Sized>(
     Some(slot | (generation as u32) << 24)
 }
 
+/// What decides whether a packet leaves its flow's forward entry as it is, for each state of each protocol (`proto << 4 | state`): the
+/// low bits of the control word of an entry in that state whose age is now's, with nothing left to count. Made by each tick,
+/// which is cheaper than to work it out for each packet.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamps(pub [u32; 64]);
+
+impl Default for Stamps {
+    fn default() -> Self {
+        Stamps([0; 64])
+    }
+}
+
+impl Stamps {
+    pub fn new(policy: &Policy, now_s: u32) -> Stamps {
+        let mut stamps = Stamps::default();
+        for (of, stamp) in stamps.0.iter_mut().enumerate() {
+            *stamp = stamp_of(policy, now_s, of);
+        }
+        stamps
+    }
+}
+
+/// One of [`Stamps`].
+#[inline(always)]
+pub fn stamp_of(policy: &Policy, now_s: u32, of: usize) -> u32 {
+    let epoch = policy.epoch & 1;
+    let age = now_s >> policy.rows[epoch as usize][of & 63].shift() & AGE_MASK as u32;
+    let state = of as u32 & ct::STATE as u32;
+    // In state 0, which is UDP's, packets are not counted.
+    let packets = if state == 0 { 0 } else { PACKETS as u32 };
+    packets | epoch << EPOCH_SHIFT | age << AGE_SHIFT | state
+}
+
 /// Would [`touch`] leave a forward entry as it is, and is it not expired? True of nearly every packet of a busy flow.
 /// `state`: the next one.
 #[inline(always)]
-pub fn is_current(policy: &Policy, control: u64, state: u64, now_s: u32, client: bool) -> bool {
-    let row = policy.row(control);
-    let age = (control >> AGE_SHIFT ^ (now_s >> row.shift()) as u64) & AGE_MASK;
-    let epoch = (control >> EPOCH_SHIFT ^ policy.epoch as u64) & 1;
-    let counted = !client || control & PACKETS == PACKETS || ct::state(control) == 0;
-    age | epoch | (ct::state(control) ^ state) == 0 && counted
+pub fn is_current<F: Addressing, C: Conns<F> + ?Sized>(
+    c: &C,
+    control: u64,
+    proto: u64,
+    state: u64,
+    client: bool,
+) -> bool {
+    const STAMP: u64 = EPOCH | AGE | ct::STATE;
+    let mask = if client { STAMP | PACKETS } else { STAMP };
+    (control ^ c.stamp(proto, state)) & mask == 0
 }
 
 /// A packet of the flow was seen: next state, age, packet count. Written only if that changes the word (once a second for a busy

@@ -10,6 +10,8 @@
 //! The connection comes first: an established flow never pays for a service lookup, and what a known flow's packets seldom need
 //! (other than a rewrite for a next hop that is ready) is left to a stage of its own. Each packet leaves through one [`Verdict`].
 
+use ::core::hint::cold_path;
+
 use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found, V4, V6};
@@ -24,7 +26,7 @@ use crate::xmit::{self, End};
 /// All of it, for callers that need no functions of their own for its stages.
 #[inline(always)]
 pub fn process<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
-    match arrive(p, t.iface(p.ifindex())) {
+    match arrive(p, &t.iface(p.ifindex())) {
         Ok(4) => stages(|stage, number| run::<V4, P, T>(p, t, stage, number)),
         Ok(_) => stages(|stage, number| run::<V6, P, T>(p, t, stage, number)),
         Err(verdict) => verdict,
@@ -37,27 +39,29 @@ const STAGES: u32 = 14;
 /// From stage to stage, until one has the verdict.
 #[inline(always)]
 pub fn stages(mut run: impl FnMut(Stage, u32) -> Verdict) -> Verdict {
-    let (mut stage, mut number, mut i) = (Stage::Whole, 0, 0);
-    while i < STAGES {
-        let verdict = run(stage, number);
-        match verdict.next() {
-            Some(next) => (stage, number) = next,
-            None => return verdict,
+    let mut verdict = run(Stage::Whole, 0);
+    let mut i = 1;
+    // Nearly always that was all.
+    while let Some((stage, number)) = verdict.next() {
+        if i == STAGES {
+            return drop(Reason::ReverseInUse);
         }
+        verdict = run(stage, number);
         i += 1;
     }
-    drop(Reason::ReverseInUse)
+    verdict
 }
 
-/// Is the frame, which came in by `iface` (`None`: not a configured one), for us to look at? The address family, 4 or 6.
+/// Is the frame, which came in by the interface in whose place `iface` is, for us to look at? The address family, 4 or 6.
 #[inline(always)]
-pub fn arrive<P: Packet>(p: &mut P, iface: Option<&Iface>) -> Result<u8, Verdict> {
-    let Some(iface) = iface else { return Err(pass(Reason::OtherInterface)) };
-    let mac = iface.mac;
+pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
+    if iface.ifindex != p.ifindex() {
+        return Err(pass(Reason::OtherInterface));
+    }
     let Some(w) = p.window(L3) else { return Err(pass(Reason::NotIp)) };
-    let ours = w.r32(0) == u32::from_ne_bytes([mac[0], mac[1], mac[2], mac[3]])
-        && w.r16(4) == u16::from_ne_bytes([mac[4], mac[5]]);
-    if !ours {
+    // The six bytes of a word of eight.
+    const MAC: u64 = u64::from_ne_bytes([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0]);
+    if (w.r64(0) ^ iface.mac) & MAC != 0 {
         return Err(pass(Reason::OtherMac));
     }
     match u16::from_be(w.r16(ETHERTYPE)) {
@@ -101,7 +105,10 @@ fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Ve
         },
         Found::Live(hit) => established(p, t, c, flow, &hit),
         // Being entered or moved this instant: good for the dest.
-        Found::Weak(control) => Verdict::go(Stage::Forward, conn::dest(control)),
+        Found::Weak(control) => {
+            cold_path();
+            Verdict::go(Stage::Forward, conn::dest(control))
+        }
         Found::None => Verdict::go(Stage::First, 0),
     }
 }
@@ -137,26 +144,32 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
 ) -> Verdict {
     let way = way(hit.control & ct::LINKED != 0);
     let next = step(flow, ct::state(hit.control), way);
-    let current = conn::is_current(c.policy(), hit.control, next, c.now_s(), true);
+    let current = conn::is_current::<I, _>(c, hit.control, flow.proto(), next, true);
     if !current && starts_anew(c, flow, hit.control) {
+        cold_path();
         return Verdict::go(Stage::Retire, 0);
     }
     let index = conn::dest(hit.control);
     // A removed dest's flows are dropped and left to time out, as in the kernel.
     let Some(d) = t.dest(index) else { return drop(Reason::DestGone) };
-    let out = d.out;
-    if out as u32 & dest::AVAILABLE == 0 {
+    let (flags, hop) = (d.out as u32, (d.out >> 32) as u32);
+    if flags & dest::AVAILABLE == 0 {
+        cold_path();
         return drop(Reason::DestGone);
     }
     if !current {
+        cold_path();
         let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step(flow, state, way));
     }
-    match t.hop((out >> 32) as u32) {
-        Some(hop) if hop.ifindex != 0 && out as u32 & dest::LOCAL == 0 && flow.ttl > 1 => {
+    match t.hop(hop) {
+        Some(hop) if hop.ifindex != 0 && flags & dest::LOCAL == 0 && flow.ttl > 1 => {
             t.count_in(index, flow.len);
-            rewrite(p, flow, d, out as u32 & dest::METHOD == dest::MASQ, hop)
+            rewrite(p, flow, d, flags & dest::METHOD == dest::MASQ, hop)
         }
-        _ => Verdict::go(Stage::Forward, index),
+        _ => {
+            cold_path();
+            Verdict::go(Stage::Forward, index)
+        }
     }
 }
 
@@ -376,7 +389,7 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
 fn replied<I: Of<T>, T: Tables>(t: &T, c: &I::Conns, flow: &Flow<I>, reply: &conn::ReplyOf<'_, I, I::Conns>) -> u64 {
     let mut control = reply.forward.control;
     let next = step(flow, ct::state(control), Way::Output);
-    if !conn::is_current(c.policy(), control, next, c.now_s(), false) {
+    if !conn::is_current::<I, _>(c, control, flow.proto(), next, false) {
         let words = I::words(reply.client, reply.virtual_address);
         let done = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step(flow, state, Way::Output));
         control = done.unwrap_or(control);

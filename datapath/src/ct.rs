@@ -47,6 +47,8 @@
 //! TENTATIVE entry may adopt one that loses: that one packet goes to another dest than the next. (d) An owner must not die
 //! between 1 and 5: a BPF program never does, and user space only looks.
 
+use core::hint::cold_path;
+
 mod families;
 
 pub use families::{V4, V6};
@@ -179,13 +181,14 @@ impl<W: Copy> Key<W> {
     /// Ports in host order; `proto` as in [`proto`].
     #[inline(always)]
     pub fn new(words: W, sport: u16, dport: u16, proto: u64) -> Self {
-        Key {
-            words,
-            control: (dport as u64) << DPORT_SHIFT
-                | (sport as u64 >> QUOTIENT_BITS) << SPORT_HIGH_SHIFT
-                | proto << PROTO_SHIFT,
-            quotient: sport as u32 & QUOTIENT,
-        }
+        Key::of(words, (sport as u32) << 16 | dport as u32, proto)
+    }
+    /// Source port in the high half, destination port in the low half.
+    #[inline(always)]
+    pub fn of(words: W, ports: u32, proto: u64) -> Self {
+        let dport = (ports as u64) << DPORT_SHIFT;
+        let sport_high = ((ports >> (16 + QUOTIENT_BITS)) as u64) << SPORT_HIGH_SHIFT;
+        Key { words, control: dport | sport_high | proto << PROTO_SHIFT, quotient: ports >> 16 & QUOTIENT }
     }
     #[inline(always)]
     pub fn sport(&self) -> u16 {
@@ -326,6 +329,7 @@ fn read<F: Family, B: Bucket>(b: &B, way: usize, words: &F::Words, same: u64) ->
         if again == control || tries == 2 {
             return Some(control);
         }
+        cold_path();
         // An update; or the way has gone to a flow with the same ports.
         control = again;
         tries += 1;

@@ -29,6 +29,10 @@ impl<F: Family> Words<F> {
     pub fn seed(&self) -> &Seed {
         &self.seed
     }
+    /// Number of buckets - 1.
+    pub fn mask(&self) -> u32 {
+        self.mask
+    }
 }
 
 /// One bucket of it.

@@ -34,8 +34,10 @@ pub trait Window {
     fn r8(&self, at: usize) -> u8;
     fn r16(&self, at: usize) -> u16;
     fn r32(&self, at: usize) -> u32;
+    fn r64(&self, at: usize) -> u64;
     fn w16(&mut self, at: usize, v: u16);
     fn w32(&mut self, at: usize, v: u32);
+    fn w64(&mut self, at: usize, v: u64);
 }
 
 /// Length of the Ethernet header; the IP header begins here.
@@ -60,6 +62,8 @@ pub trait Ip: Addressing {
     const DESTINATION: usize;
     const FAMILY: u8;
     fn address(w: &impl Window, at: usize) -> Self::Addr;
+    /// Source and destination address as key words.
+    fn addresses(w: &impl Window) -> Self::Words;
     fn set_address(w: &mut impl Window, at: usize, address: Self::Addr);
     fn delta(old: Self::Addr, new: Self::Addr) -> Delta;
     fn bytes(address: Self::Addr) -> [u8; 16];
@@ -68,11 +72,16 @@ pub trait Ip: Addressing {
     fn martian(source: Self::Addr) -> bool;
     /// Header sanity. Gives the transport protocol and the length of the IP packet.
     fn check(w: &impl Window, frame_len: u32) -> Result<(u8, u32), Verdict>;
-    /// TTL - 1, and the header checksum for that and for `addresses`.
+    /// TTL - 1, and the header checksum for that (`ip_decrease_ttl`). The TTL is not 0.
+    fn count_down(w: &mut impl Window);
+    /// TTL - 1, and the header checksum for that and for `addresses`. The TTL is not 0.
     fn forward_header(w: &mut impl Window, addresses: Delta);
     /// The header checksum for `addresses`.
     fn fix_header(w: &mut impl Window, addresses: Delta);
 }
+
+/// TTL 1, the first byte of its 16-bit word.
+const TTL_UNIT: u16 = u16::from_ne_bytes([1, 0]);
 
 impl Ip for V4 {
     const HEADER: usize = 20;
@@ -83,6 +92,11 @@ impl Ip for V4 {
     #[inline(always)]
     fn address(w: &impl Window, at: usize) -> u32 {
         w.r32(at)
+    }
+    #[inline(always)]
+    fn addresses(w: &impl Window) -> [u64; 1] {
+        let both = w.r64(Self::SOURCE);
+        [if cfg!(target_endian = "little") { both } else { both.rotate_left(32) }]
     }
     #[inline(always)]
     fn set_address(w: &mut impl Window, at: usize, address: u32) {
@@ -126,12 +140,15 @@ impl Ip for V4 {
         Ok((w.r8(L3 + 9), len))
     }
     #[inline(always)]
+    fn count_down(w: &mut impl Window) {
+        let check = u32::from(w.r16(L3 + 10)) + u32::from(TTL_UNIT);
+        w.w16(L3 + 10, (check + u32::from(check >= 0xffff)) as u16);
+        w.w16(Self::TTL, w.r16(Self::TTL).wrapping_sub(TTL_UNIT));
+    }
+    #[inline(always)]
     fn forward_header(w: &mut impl Window, addresses: Delta) {
-        let (old, check) = (w.r16(Self::TTL), w.r16(L3 + 10));
-        // TTL is the first byte of its word.
-        let new = old.wrapping_sub(u16::from_ne_bytes([1, 0]));
-        w.w16(Self::TTL, new);
-        w.w16(L3 + 10, crate::csum::adjust(check, addresses.replace16(old, new)));
+        w.w16(L3 + 10, crate::csum::adjust(w.r16(L3 + 10), addresses.replace16(TTL_UNIT, 0)));
+        w.w16(Self::TTL, w.r16(Self::TTL).wrapping_sub(TTL_UNIT));
     }
     #[inline(always)]
     fn fix_header(w: &mut impl Window, addresses: Delta) {
@@ -147,22 +164,16 @@ impl Ip for V6 {
     const FAMILY: u8 = 6;
     #[inline(always)]
     fn address(w: &impl Window, at: usize) -> [u64; 2] {
-        let pair = |at| {
-            let (a, b) = (u64::from(w.r32(at)), u64::from(w.r32(at + 4)));
-            if cfg!(target_endian = "little") { a | b << 32 } else { a << 32 | b }
-        };
-        [pair(at), pair(at + 8)]
+        [w.r64(at), w.r64(at + 8)]
+    }
+    #[inline(always)]
+    fn addresses(w: &impl Window) -> [u64; 4] {
+        [w.r64(Self::SOURCE), w.r64(Self::SOURCE + 8), w.r64(Self::DESTINATION), w.r64(Self::DESTINATION + 8)]
     }
     #[inline(always)]
     fn set_address(w: &mut impl Window, at: usize, address: [u64; 2]) {
-        let mut put = |at, v: u64| {
-            let (a, b) = (v as u32, (v >> 32) as u32);
-            let (a, b) = if cfg!(target_endian = "little") { (a, b) } else { (b, a) };
-            w.w32(at, a);
-            w.w32(at + 4, b);
-        };
-        put(at, address[0]);
-        put(at + 8, address[1]);
+        w.w64(at, address[0]);
+        w.w64(at + 8, address[1]);
     }
     #[inline(always)]
     fn delta(old: [u64; 2], new: [u64; 2]) -> Delta {
@@ -206,10 +217,14 @@ impl Ip for V6 {
         }
     }
     #[inline(always)]
-    fn forward_header(w: &mut impl Window, _: Delta) {
+    fn count_down(w: &mut impl Window) {
         // Next header and hop limit share a word; the hop limit is its second byte. No header checksum in IPv6.
         let old = w.r16(L3 + 6);
         w.w16(L3 + 6, old.wrapping_sub(u16::from_ne_bytes([0, 1])));
+    }
+    #[inline(always)]
+    fn forward_header(w: &mut impl Window, _: Delta) {
+        Self::count_down(w);
     }
     #[inline(always)]
     fn fix_header(_: &mut impl Window, _: Delta) {}
@@ -238,6 +253,11 @@ impl<I: Ip> Flow<I> {
     #[inline(always)]
     pub fn protocol(&self) -> u8 {
         if self.tcp { IP_TCP } else { IP_UDP }
+    }
+    /// As in [`crate::ct::proto`].
+    #[inline(always)]
+    pub fn proto(&self) -> u64 {
+        if self.tcp { conn::TCP } else { conn::UDP }
     }
 }
 
@@ -269,8 +289,7 @@ pub fn parse<I: Ip, P: Packet>(p: &mut P) -> Result<Flow<I>, Verdict> {
         (false, 0)
     };
     let Some(w) = p.window(I::L4 + 8) else { return Err(pass(Reason::ShortTransport)) };
-    let words = I::words(I::address(&w, I::SOURCE), I::address(&w, I::DESTINATION));
-    let (sport, dport) = (u16::from_be(w.r16(I::L4)), u16::from_be(w.r16(I::L4 + 2)));
-    let key = Key::new(words, sport, dport, if tcp { conn::TCP } else { conn::UDP });
+    let words = I::addresses(&w);
+    let key = Key::of(words, u32::from_be(w.r32(I::L4)), if tcp { conn::TCP } else { conn::UDP });
     Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), len })
 }

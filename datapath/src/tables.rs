@@ -30,7 +30,8 @@ pub trait Tables {
     fn conns4(&self) -> &Self::C4;
     fn conns6(&self) -> &Self::C6;
     fn config(&self) -> &Config;
-    fn iface(&self, ifindex: u32) -> Option<&Iface>;
+    /// What lies in the place of this interface: its own, if the number says so.
+    fn iface(&self, ifindex: u32) -> Iface;
     fn service_index(&self, key: &ServiceKey) -> Option<u32>;
     fn service(&self, index: u32) -> Option<&Service>;
     fn dest(&self, index: u32) -> Option<&Dest>;
@@ -62,6 +63,13 @@ pub trait Tables {
     #[inline(always)]
     fn resolves(&self) -> bool {
         false
+    }
+
+    /// `n`, so that BPF's verifier no longer knows its value, and a loop in which it counts from there on is gone through once, not
+    /// once for each value. `noise` is any number that it does not know.
+    #[inline(always)]
+    fn blur(&self, n: u32, _noise: u32) -> u32 {
+        n
     }
 
     /// Step with 0, 1, ... until it says true or `count` is reached.

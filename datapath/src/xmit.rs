@@ -41,7 +41,7 @@ pub fn translate<I: Ip, P: Packet>(p: &mut P, tcp: bool, end: End, address: I::A
 #[inline(always)]
 pub fn count_down<I: Ip, P: Packet>(p: &mut P) -> bool {
     let Some(mut w) = p.window(I::L4) else { return false };
-    I::forward_header(&mut w, Delta::default());
+    I::count_down(&mut w);
     true
 }
 

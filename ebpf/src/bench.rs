@@ -8,6 +8,7 @@
 
 mod calls;
 mod ctx;
+mod flat;
 mod maps;
 mod stages;
 mod timer;
@@ -19,7 +20,7 @@ use aya_ebpf::helpers::bpf_loop;
 use aya_ebpf::macros::{btf_map, xdp};
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
-use rvs_datapath::ct::{Buckets, V4, V6};
+use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::Ip;
 
 /// What the loader sets, and what it reads, in memory that it maps; words by number.
@@ -173,7 +174,7 @@ pub fn bench_nop(_: XdpContext) -> u32 {
 }
 
 macro_rules! programs {
-    ($ip:ty, $key:ident, $lru:ident, $table:path, $sweep:path,
+    ($ip:ty, $key:ident, $lru:ident, $map:ty, $sweep:path,
      $base:ident, $run:ident, $fill:ident, $get:ident, $put:ident, $sweep_all:ident) => {
         #[xdp]
         pub fn $base(ctx: XdpContext) -> u32 {
@@ -208,8 +209,7 @@ macro_rules! programs {
         /// A whole sweep. XDP_TX if it came to its end.
         #[xdp]
         pub fn $sweep_all(_: XdpContext) -> u32 {
-            let Some(t) = $table() else { return XDP_ABORTED };
-            let (buckets, mut from) = (t.mask() + 1, 0u32);
+            let (buckets, mut from) = (<$map>::mask() + 1, 0u32);
             // SAFETY: the callback gets back the pointer given here.
             let done = unsafe { bpf_loop(buckets, $sweep as *mut c_void, &raw mut from as *mut c_void, 0) };
             if done == buckets as i64 { XDP_TX } else { XDP_PASS }
@@ -220,7 +220,7 @@ programs!(
     V4,
     key4,
     LRU4,
-    maps::table4,
+    maps::Conn4,
     timer::sweep4,
     bench_base4,
     bench_run4,
@@ -233,7 +233,7 @@ programs!(
     V6,
     key6,
     LRU6,
-    maps::table6,
+    maps::Conn6,
     timer::sweep6,
     bench_base6,
     bench_run6,

@@ -7,7 +7,7 @@ use aya_ebpf::macros::btf_map;
 use rvs_datapath::conn;
 use rvs_datapath::ct::{self, Cost, Entry, Family, Key, Outcome, Slot, V4, V6};
 
-use crate::maps;
+use crate::words::Table;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -28,7 +28,7 @@ const LOST: u32 = 1;
 const EVICTED: u32 = 2;
 
 macro_rules! calls {
-    ($family:ty, $scratch:ident, $table:path, $enter:ident, $release:ident,
+    ($family:ty, $scratch:ident, $enter:ident, $release:ident,
      $insert_fn:ident, $room_fn:ident, $release_fn:ident, $orphans_fn:ident) => {
         #[inline(always)]
         pub fn $enter(key: &Key<<$family as Family>::Words>, rest: u64, own: Slot) -> Outcome {
@@ -55,7 +55,7 @@ macro_rules! calls {
         #[inline(never)]
         pub extern "C" fn $insert_fn(rest: u64, picky: u32) -> u64 {
             let Some(s) = $scratch.get_ptr_mut(0) else { return 0 };
-            let Some(t) = $table() else { return 0 };
+            let t = Table::<$family>::NEW;
             // SAFETY: as above; nobody else borrows these fields meanwhile.
             unsafe { ct::try_insert::<$family, _>(&t, &(*s).insert, rest, picky != 0, &mut (*s).cost).word() }
         }
@@ -63,7 +63,7 @@ macro_rules! calls {
         #[inline(never)]
         pub extern "C" fn $room_fn() -> u32 {
             let Some(s) = $scratch.get_ptr_mut(0) else { return 1 };
-            let Some(t) = $table() else { return 1 };
+            let t = Table::<$family>::NEW;
             // SAFETY: as above.
             unsafe { ct::make_room::<$family, _>(&t, &(*s).insert, &mut (*s).cost) };
             0
@@ -80,7 +80,7 @@ macro_rules! calls {
         #[inline(never)]
         pub extern "C" fn $release_fn(which: u32) -> u32 {
             let Some(s) = $scratch.get_ptr_mut(0) else { return 1 };
-            let Some(t) = $table() else { return 1 };
+            let t = Table::<$family>::NEW;
             // SAFETY: as above.
             let entry = unsafe {
                 match which {
@@ -97,12 +97,12 @@ macro_rules! calls {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $orphans_fn(bucket: u32) -> u32 {
-            let Some(t) = $table() else { return 1 };
+            let t = Table::<$family>::NEW;
             conn::free_orphans::<$family, _>(&t, bucket);
             0
         }
     };
 }
 
-calls!(V4, SCRATCH4, maps::table4, enter4, release4, conn4_insert, conn4_room, conn4_release, conn4_orphans);
-calls!(V6, SCRATCH6, maps::table6, enter6, release6, conn6_insert, conn6_room, conn6_release, conn6_orphans);
+calls!(V4, SCRATCH4, enter4, release4, conn4_insert, conn4_room, conn4_release, conn4_orphans);
+calls!(V6, SCRATCH6, enter6, release6, conn6_insert, conn6_room, conn6_release, conn6_orphans);

@@ -12,12 +12,19 @@ pub struct Xdp<'a> {
     ctx: &'a XdpContext,
     at: usize,
     end: usize,
+    ifindex: u32,
 }
 
 impl<'a> Xdp<'a> {
     #[inline(always)]
     pub fn new(ctx: &'a XdpContext) -> Self {
-        Xdp { ctx, at: ctx.data(), end: ctx.data_end() }
+        // SAFETY: a field of the context.
+        Xdp::by(ctx, unsafe { (*ctx.ctx).ingress_ifindex })
+    }
+    /// The same by who knows the interface: the kernel goes from pointer to pointer for it.
+    #[inline(always)]
+    pub fn by(ctx: &'a XdpContext, ifindex: u32) -> Self {
+        Xdp { ctx, at: ctx.data(), end: ctx.data_end(), ifindex }
     }
     #[inline(always)]
     fn reread(&mut self) {
@@ -59,6 +66,7 @@ impl Window for Bytes {
     }
     access!(r16, w16, u16);
     access!(r32, w32, u32);
+    access!(r64, w64, u64);
 }
 
 /// Ones-complement sum of a packet's bytes from `from` on, at most `most` of them.
@@ -104,8 +112,7 @@ impl Packet for Xdp<'_> {
     }
     #[inline(always)]
     fn ifindex(&self) -> u32 {
-        // SAFETY: a field of the context.
-        unsafe { (*self.ctx.ctx).ingress_ifindex }
+        self.ifindex
     }
     #[inline(always)]
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {

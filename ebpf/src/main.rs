@@ -6,6 +6,7 @@
 
 mod calls;
 mod ctx;
+mod flat;
 mod maps;
 mod skb;
 mod stages;

@@ -8,114 +8,71 @@ use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
-use core::ptr;
 use rvs_datapath::abi::{
-    Clock, Config, Dest, DestInfo, DestState, Hop, IFACES_MAX, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey,
-    ServiceState, Stats, iface,
+    Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState,
 };
-use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::ct::{Family, V4, V6};
 use rvs_datapath::packet::Ip;
 use rvs_datapath::tables::{Machine, Route, Tables, Walker};
-use rvs_datapath::verdict::{COUNTERS, Verdict};
+use rvs_datapath::verdict::Verdict;
 
+use crate::flat::{constant, flat};
 use crate::words::Table;
 
-/// Largest connection table, 256 MB. The loader makes the real one (any power of two below).
-const MAX_WORDS: usize = 32 << 20;
-const MMAPABLE: usize = 1024;
+// By the sizes that the loader gives.
+flat! {
+    Conn4("CONN4"): [u64; V4::WORDS];
+    Conn6("CONN6"): [u64; V6::WORDS];
+    ConfigMap("CONFIG"): Config;
+    ClockMap("CLOCK"): Clock;
+    Ifaces("IFACES"): Iface;
+    Services("SERVICES"): Service;
+    ServiceStates("SERVICE_STATE"): ServiceState;
+    Dests("DESTS"): Dest;
+    DestStates("DEST_STATE"): DestState;
+    DestStats("DEST_STATS"): CpuStats;
+    Lists("LISTS"): ListEntry;
+    HashTables("TABLES"): u32;
+    Hops("HOPS"): Hop;
+    ReplyHops("REPLY_HOPS"): Hop;
+    Verdicts("VERDICTS"): u64;
+}
 
-// Sizes here are defaults: the loader gives its own.
-#[btf_map]
-static CONN4: Array<[u64; MAX_WORDS], 1, MMAPABLE> = Array::new();
-#[btf_map]
-static CONN6: Array<[u64; MAX_WORDS], 1, MMAPABLE> = Array::new();
-#[btf_map]
-static CONFIG: Array<Config, 1, MMAPABLE> = Array::new();
-#[btf_map]
-static CLOCK: Array<Clock, 1, MMAPABLE> = Array::new();
 #[btf_map]
 pub static TIMER: Array<Timer, 1> = Array::new();
 #[btf_map]
-static IFACES: Array<Iface, { IFACES_MAX as usize }, MMAPABLE> = Array::new();
-#[btf_map]
 static SERVICE_KEYS: HashMap<ServiceKey, u64, 16384> = HashMap::new();
-#[btf_map]
-static SERVICES: Array<Service, 16384, MMAPABLE> = Array::new();
-#[btf_map]
-static SERVICE_STATE: Array<ServiceState, 16384, MMAPABLE> = Array::new();
-#[btf_map]
-static DESTS: Array<Dest, 65536, MMAPABLE> = Array::new();
-#[btf_map]
-static DEST_INFO: Array<DestInfo, 65536, MMAPABLE> = Array::new();
-#[btf_map]
-static DEST_STATE: Array<DestState, 65536, MMAPABLE> = Array::new();
-#[btf_map]
-static DEST_STATS: PerCpuArray<Stats, 65536> = PerCpuArray::new();
-#[btf_map]
-static LISTS: Array<ListEntry, 262144, MMAPABLE> = Array::new();
-#[btf_map]
-static TABLES: Array<u32, 262144, MMAPABLE> = Array::new();
-#[btf_map]
-static HOPS: Array<Hop, 65536, MMAPABLE> = Array::new();
-#[btf_map]
-static REPLY_HOPS: Array<Hop, { REPLY_HOPS_MAX as usize }, MMAPABLE> = Array::new();
-#[btf_map]
-static VERDICTS: PerCpuArray<u64, COUNTERS> = PerCpuArray::new();
 
 #[repr(C)]
 pub struct Timer {
     pub timer: bpf_timer,
 }
 
-/// The programs never write it, but the pins and the daemon must find it in the object.
 #[inline(always)]
-pub fn keep() {
-    let _ = DEST_INFO.get_ptr(0);
+pub fn clock() -> *mut Clock {
+    ClockMap::first()
+}
+#[inline(always)]
+pub fn config() -> &'static Config {
+    // SAFETY: a valid value.
+    unsafe { &*ConfigMap::first() }
 }
 
 #[inline(always)]
-pub fn clock() -> Option<&'static Clock> {
-    CLOCK.get(0)
-}
-#[inline(always)]
-pub fn clock_mut() -> Option<*mut Clock> {
-    CLOCK.get_ptr_mut(0)
-}
-#[inline(always)]
-pub fn config() -> Option<&'static Config> {
-    CONFIG.get(0)
-}
-#[inline(always)]
-pub fn table4() -> Option<Table<'static, V4>> {
-    Some(Table::new(CONN4.get_ptr_mut(0)? as *mut u64, config()?, clock()?))
-}
-#[inline(always)]
-pub fn table6() -> Option<Table<'static, V6>> {
-    Some(Table::new(CONN6.get_ptr_mut(0)? as *mut u64, config()?, clock()?))
-}
-
-/// Whether frames go back by a redirect.
-#[inline(always)]
-pub fn redirects_back(ifindex: u32) -> bool {
-    iface(ifindex).is_some_and(|i| i.flags & iface::REDIRECT_BACK != 0)
-}
-
-#[inline(always)]
-pub fn iface(ifindex: u32) -> Option<&'static Iface> {
-    IFACES.get(ifindex % IFACES_MAX).filter(|i| i.ifindex == ifindex)
+pub fn iface(ifindex: u32) -> &'static Iface {
+    // SAFETY: a valid value.
+    unsafe { &*Ifaces::at(ifindex) }
 }
 
 #[inline(always)]
 pub fn count_verdict(verdict: Verdict) {
-    if let Some(n) = VERDICTS.get_ptr_mut(verdict.counter()) {
-        // SAFETY: this CPU's own value.
-        unsafe { *n += 1 };
-    }
+    // SAFETY: this CPU's own value.
+    unsafe { *Verdicts::mine(verdict.counter()) += 1 };
 }
 
 #[inline(always)]
 pub fn account(dest: u32, active: i64, inactive: i64) {
-    let Some(s) = DEST_STATE.get_ptr_mut(dest) else { return };
+    let s = DestStates::at(dest);
     // SAFETY: a valid value; shared only through atomic instructions.
     unsafe {
         if active != 0 {
@@ -129,64 +86,51 @@ pub fn account(dest: u32, active: i64, inactive: i64) {
 
 #[inline(always)]
 pub fn dest_address<I: Ip>(dest: u32) -> Option<(I::Addr, u16)> {
-    let d = DESTS.get(dest)?;
+    // SAFETY: a valid value.
+    let d = unsafe { &*Dests::at(dest) };
     Some((I::from_bytes(&d.address), d.port))
 }
 
 /// The tables of one packet. `ctx`, `ifindex` and `sized` are for the routing helper; SKB: of a tc program.
-pub struct Maps<'a, const SKB: bool> {
+pub struct Maps<const SKB: bool> {
     ctx: *mut c_void,
     ifindex: u32,
     /// The packet's length is that of what will be sent (not that of segments to be cut): it must fit the route's MTU.
     sized: bool,
-    config: &'a Config,
-    conns4: Table<'a, V4>,
-    conns6: Table<'a, V6>,
 }
 
-impl Maps<'_, false> {
+impl Maps<false> {
     #[inline(always)]
-    pub fn of<I: Ip>(ctx: &XdpContext) -> Option<Maps<'static, false>> {
-        // SAFETY: a field of the context.
-        let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
-        Maps::new::<I>(ctx.as_ptr(), ifindex, true)
+    pub fn of(ctx: &XdpContext, ifindex: u32) -> Maps<false> {
+        Maps::new(ctx.as_ptr(), ifindex, true)
     }
 }
 
-impl<const SKB: bool> Maps<'_, SKB> {
-    /// For a packet of this family: the other family's connections are not there.
+impl<const SKB: bool> Maps<SKB> {
     #[inline(always)]
-    pub fn new<I: Ip>(ctx: *mut c_void, ifindex: u32, sized: bool) -> Option<Maps<'static, SKB>> {
-        let (config, clock) = (config()?, clock()?);
-        let (mut words4, mut words6) = (ptr::null_mut(), ptr::null_mut());
-        if I::FAMILY == 4 {
-            words4 = CONN4.get_ptr_mut(0)? as *mut u64;
-        } else {
-            words6 = CONN6.get_ptr_mut(0)? as *mut u64;
-        }
-        let (conns4, conns6) = (Table::new(words4, config, clock), Table::new(words6, config, clock));
-        Some(Maps { ctx, ifindex, sized, config, conns4, conns6 })
+    pub fn new(ctx: *mut c_void, ifindex: u32, sized: bool) -> Maps<SKB> {
+        Maps { ctx, ifindex, sized }
     }
 }
 
-impl<'a, const SKB: bool> Tables for Maps<'a, SKB> {
-    type C4 = Table<'a, V4>;
-    type C6 = Table<'a, V6>;
+impl<const SKB: bool> Tables for Maps<SKB> {
+    type C4 = Table<V4>;
+    type C6 = Table<V6>;
     #[inline(always)]
     fn conns4(&self) -> &Self::C4 {
-        &self.conns4
+        &Table::NEW
     }
     #[inline(always)]
     fn conns6(&self) -> &Self::C6 {
-        &self.conns6
+        &Table::NEW
     }
     #[inline(always)]
     fn config(&self) -> &Config {
-        self.config
+        config()
     }
     #[inline(always)]
-    fn iface(&self, ifindex: u32) -> Option<&Iface> {
-        iface(ifindex)
+    fn iface(&self, ifindex: u32) -> Iface {
+        *iface(ifindex)
     }
     #[inline(always)]
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
@@ -195,27 +139,33 @@ impl<'a, const SKB: bool> Tables for Maps<'a, SKB> {
     }
     #[inline(always)]
     fn service(&self, index: u32) -> Option<&Service> {
-        SERVICES.get(index)
+        // SAFETY: a valid value, here and below.
+        unsafe { Some(&*Services::at(index)) }
     }
     #[inline(always)]
     fn dest(&self, index: u32) -> Option<&Dest> {
-        DESTS.get(index)
+        // SAFETY: see above.
+        unsafe { Some(&*Dests::at(index)) }
     }
     #[inline(always)]
     fn list(&self, at: u32) -> Option<ListEntry> {
-        LISTS.get(at).copied()
+        // SAFETY: see above.
+        unsafe { Some(*Lists::at(at)) }
     }
     #[inline(always)]
     fn table(&self, at: u32) -> Option<u32> {
-        TABLES.get(at).copied().filter(|d| *d != 0)
+        // SAFETY: see above.
+        unsafe { Some(*HashTables::at(at)) }.filter(|d| *d != 0)
     }
     #[inline(always)]
     fn hop(&self, index: u32) -> Option<&Hop> {
-        HOPS.get(index)
+        // SAFETY: see above.
+        unsafe { Some(&*Hops::at(index)) }
     }
     #[inline(always)]
     fn reply_hop(&self, index: u8) -> Option<&Hop> {
-        REPLY_HOPS.get(index as u32)
+        // SAFETY: see above.
+        unsafe { Some(&*ReplyHops::at(index as u32)) }
     }
     #[inline(always)]
     fn keep_reply_hop(&self, hop: &Hop) -> u8 {
@@ -224,54 +174,55 @@ impl<'a, const SKB: bool> Tables for Maps<'a, SKB> {
     #[inline(always)]
     fn machine(&self, service: u32, which: Machine) -> u64 {
         // SAFETY: a valid value, read as a whole word.
-        SERVICE_STATE.get_ptr_mut(service).map_or(0, |s| unsafe { word(s, which).read_volatile() })
+        unsafe { word(ServiceStates::at(service), which).read_volatile() }
     }
     #[inline(always)]
     fn advance(&self, service: u32, which: Machine, old: u64, new: u64) -> bool {
-        let Some(s) = SERVICE_STATE.get_ptr_mut(service) else { return false };
+        let at = word(ServiceStates::at(service), which);
         // SAFETY: a valid value; shared only through atomic instructions and whole-word loads.
-        unsafe {
-            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(word(s, which), old, new).1
-        }
+        unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, new).1 }
     }
     #[inline(always)]
     fn overhead(&self, dest: u32) -> u64 {
-        let Some(s) = DEST_STATE.get(dest) else { return 0 };
+        // SAFETY: a valid value, read in whole words.
+        let (active, inactive) = unsafe {
+            let s = DestStates::at(dest);
+            ((&raw const (*s).active).read_volatile(), (&raw const (*s).inactive).read_volatile())
+        };
         // Below 0 for an instant counts as 0.
         let of = |n: u64| if (n as i64) < 0 { 0 } else { n };
-        (of(s.active) << 8).wrapping_add(of(s.inactive))
+        (of(active) << 8).wrapping_add(of(inactive))
     }
     #[inline(always)]
     fn overloaded(&self, dest: u32) -> bool {
-        DEST_STATE.get(dest).is_none_or(|s| s.flags & 1 != 0)
+        flags(dest) & 1 != 0
     }
     #[inline(always)]
     fn available(&self, dest: u32) -> bool {
         // The effective weight's being 0 is the control plane's to show here (bit 1), since tables know no weights.
-        DEST_STATE.get(dest).is_some_and(|s| s.flags & 3 == 0)
+        flags(dest) & 3 == 0
     }
     #[inline(always)]
     fn count_connection(&self, dest: u32) {
-        let Some(s) = DEST_STATS.get_ptr_mut(dest) else { return };
-        // SAFETY: this CPU's own value.
-        unsafe { (*s).connections += 1 };
+        // SAFETY: this CPU's own value, here and below.
+        unsafe { (*DestStats::mine(dest)).stats.connections += 1 };
     }
     #[inline(always)]
     fn count_in(&self, dest: u32, bytes: u32) {
-        let Some(s) = DEST_STATS.get_ptr_mut(dest) else { return };
-        // SAFETY: this CPU's own value.
+        let s = DestStats::mine(dest);
+        // SAFETY: see above.
         unsafe {
-            (*s).packets_in += 1;
-            (*s).bytes_in += bytes as u64;
+            (*s).stats.packets_in += 1;
+            (*s).stats.bytes_in += bytes as u64;
         }
     }
     #[inline(always)]
     fn count_out(&self, dest: u32, bytes: u32) {
-        let Some(s) = DEST_STATS.get_ptr_mut(dest) else { return };
-        // SAFETY: this CPU's own value.
+        let s = DestStats::mine(dest);
+        // SAFETY: see above.
         unsafe {
-            (*s).packets_out += 1;
-            (*s).bytes_out += bytes as u64;
+            (*s).stats.packets_out += 1;
+            (*s).stats.bytes_out += bytes as u64;
         }
     }
     #[inline(always)]
@@ -296,11 +247,25 @@ impl<'a, const SKB: bool> Tables for Maps<'a, SKB> {
         SKB
     }
     #[inline(always)]
+    fn blur(&self, mut n: u32, noise: u32) -> u32 {
+        // SAFETY: arithmetic on a register.
+        unsafe {
+            core::arch::asm!("{0} ^= {1}", "{0} ^= {1}", inout(reg) n, in(reg) noise, options(pure, nomem, nostack))
+        };
+        n
+    }
+    #[inline(always)]
     fn walk<W: Walker<Self>>(&self, count: u32, walker: &mut W) {
         let mut round = Round { maps: self, walker };
         // SAFETY: the callback gets back the pointer given here, while it is valid.
         unsafe { bpf_loop(count, step::<Self, W> as *mut c_void, &raw mut round as *mut c_void, 0) };
     }
+}
+
+#[inline(always)]
+fn flags(dest: u32) -> u64 {
+    // SAFETY: a valid value, read as a whole word.
+    unsafe { (&raw const (*DestStates::at(dest)).flags).read_volatile() }
 }
 
 struct Round<M, W> {
@@ -329,7 +294,7 @@ const ICMP_PER_S: u64 = 1000;
 
 #[inline(always)]
 fn may_send_icmp() -> bool {
-    let Some(c) = clock_mut() else { return false };
+    let c = clock();
     // SAFETY: a valid value; the word is changed atomically.
     unsafe {
         let now = ((&raw const (*c).now_s).read_volatile() as u64) << 32;
@@ -361,8 +326,7 @@ fn keep_reply_hop(hop: &Hop) -> u8 {
         if n == 0 {
             continue;
         }
-        let Some(place) = REPLY_HOPS.get_ptr_mut(n) else { return 0 };
-        let words = place as *mut u64;
+        let words = ReplyHops::at(n) as *mut u64;
         // SAFETY: a Hop is two words; the second is claimed atomically, the first written by who claimed it.
         unsafe {
             let there = words.add(1).read_volatile();

@@ -4,10 +4,11 @@
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::XdpContext;
+use rvs_datapath::abi::iface::REDIRECT_BACK;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::Packet;
-use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, drop};
+use rvs_datapath::verdict::{Action, Stage, Verdict};
 
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
@@ -15,37 +16,31 @@ use crate::maps::{self, Maps};
 /// The whole of an XDP program.
 #[inline(always)]
 pub fn run(ctx: &XdpContext) -> u32 {
-    let verdict = process(ctx);
+    let mut packet = Xdp::new(ctx);
+    let ifindex = packet.ifindex();
+    let iface = maps::iface(ifindex);
+    let verdict = process(ctx, ifindex, core::arrive(&mut packet, iface));
     maps::count_verdict(verdict);
     match verdict.action() {
         // SAFETY: a helper without memory arguments.
         Action::Out(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
-        Action::Back => back(ctx),
+        Action::Back if iface.flags & REDIRECT_BACK != 0 => {
+            // SAFETY: as above.
+            unsafe { bpf_redirect(ifindex, 0) as u32 }
+        }
+        Action::Back => xdp_action::XDP_TX,
         Action::Up => xdp_action::XDP_PASS,
         Action::Drop => xdp_action::XDP_DROP,
     }
 }
 
+/// All of it, for a packet of this family.
 #[inline(always)]
-fn back(ctx: &XdpContext) -> u32 {
-    let ifindex = Xdp::new(ctx).ifindex();
-    if maps::redirects_back(ifindex) {
-        // SAFETY: a helper without memory arguments.
-        unsafe { bpf_redirect(ifindex, 0) as u32 }
-    } else {
-        xdp_action::XDP_TX
-    }
-}
-
-/// All of it.
-#[inline(always)]
-fn process(ctx: &XdpContext) -> Verdict {
-    let mut packet = Xdp::new(ctx);
-    let iface = maps::iface(packet.ifindex());
-    match core::arrive(&mut packet, iface) {
+fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdict {
+    match family {
         Ok(4) => core::stages(|stage, number| {
             Verdict::from_word(match stage {
-                Stage::Whole => whole4(ctx.ctx),
+                Stage::Whole => whole4(ctx.ctx, ifindex),
                 Stage::Retire => retire4(ctx.ctx),
                 Stage::First => first4(ctx.ctx),
                 Stage::Enter => enter4(ctx.ctx, number),
@@ -60,7 +55,7 @@ fn process(ctx: &XdpContext) -> Verdict {
         }),
         Ok(_) => core::stages(|stage, number| {
             Verdict::from_word(match stage {
-                Stage::Whole => whole6(ctx.ctx),
+                Stage::Whole => whole6(ctx.ctx, ifindex),
                 Stage::Retire => retire6(ctx.ctx),
                 Stage::First => first6(ctx.ctx),
                 Stage::Enter => enter6(ctx.ctx, number),
@@ -84,15 +79,17 @@ macro_rules! stages {
         #[inline(never)]
         pub extern "C" fn $name(ctx: *mut xdp_md $(, $number: u32)?) -> u64 {
             let ctx = XdpContext::new(ctx);
-            let Some(maps) = Maps::of::<$family>(&ctx) else { return drop(Reason::Internal).word() };
             let number = 0 $(+ $number)?;
-            core::run::<$family, _, _>(&mut Xdp::new(&ctx), &maps, Stage::$stage, number).word()
+            // The first stage, which needs no number, is told the interface.
+            let mut packet = if matches!(Stage::$stage, Stage::Whole) { Xdp::by(&ctx, number) } else { Xdp::new(&ctx) };
+            let maps = Maps::of(&ctx, packet.ifindex());
+            core::run::<$family, _, _>(&mut packet, &maps, Stage::$stage, number).word()
         }
     )* };
 }
 stages! {
-    whole4() V4, Whole;
-    whole6() V6, Whole;
+    whole4(ifindex) V4, Whole;
+    whole6(ifindex) V6, Whole;
     retire4() V4, Retire;
     retire6() V6, Retire;
     first4() V4, First;

@@ -4,8 +4,8 @@ use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh}
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
-use rvs_datapath::packet::{ETHERTYPE, Ip, L3, Packet, Window};
-use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use rvs_datapath::packet::{ETHERTYPE, L3, Packet, Window};
+use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 
 use crate::maps::{self, Maps, NEXT_HOP};
 use crate::skb::Skb;
@@ -83,10 +83,10 @@ pub fn leave(skb: *mut __sk_buff) -> i32 {
 const UNTOUCHED: u64 = 0;
 
 #[inline(always)]
-fn tables<I: Ip>(skb: *mut __sk_buff) -> Option<Maps<'static, true>> {
+fn tables(skb: *mut __sk_buff) -> Maps<true> {
     // SAFETY: fields of the context.
     let (ifindex, segment) = unsafe { ((*skb).ifindex, (*skb).gso_size) };
-    Maps::new::<I>(skb as *mut _, ifindex, segment == 0)
+    Maps::new(skb as *mut _, ifindex, segment == 0)
 }
 
 #[inline(always)]
@@ -132,13 +132,12 @@ macro_rules! stages {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff $(, $number: u32)?) -> u64 {
-            let Some(maps) = tables::<$family>(skb) else { return drop(Reason::Internal).word() };
             let mut packet = Skb::new(skb);
             if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable) {
                 packet.look_at_checksum::<$family>();
             }
             let number = 0 $(+ $number)?;
-            core::run::<$family, _, _>(&mut packet, &maps, Stage::$stage, number).word()
+            core::run::<$family, _, _>(&mut packet, &tables(skb), Stage::$stage, number).word()
         }
     )* };
 }
@@ -172,8 +171,7 @@ macro_rules! leave {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff) -> u64 {
-            let Some(maps) = tables::<$family>(skb) else { return UNTOUCHED };
-            core::leave::<$family, _, _>(&mut Skb::new(skb), &maps).map_or(UNTOUCHED, Verdict::word)
+            core::leave::<$family, _, _>(&mut Skb::new(skb), &tables(skb)).map_or(UNTOUCHED, Verdict::word)
         }
     };
 }

@@ -7,17 +7,17 @@ use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
 use rvs_datapath::abi::{SWEEP_TICKS, TICK_NS};
 use rvs_datapath::conn;
-use rvs_datapath::ct::Buckets;
+use rvs_datapath::ct::{V4, V6};
 
 use crate::calls;
 use crate::maps::{self, TIMER, Timer};
+use crate::words::Table;
 
 const EBUSY: i64 = -16;
 
 /// Run once by the loader (BPF_PROG_TEST_RUN): start the timer, or have a running one go on with this program's code. Returns 2 if done.
 #[xdp]
 pub fn rvs_start(_: XdpContext) -> u32 {
-    maps::keep();
     tick();
     let Some(t) = TIMER.get_ptr_mut(0) else { return 0 };
     // SAFETY: the timer of this map's value.
@@ -38,15 +38,13 @@ pub fn rvs_start(_: XdpContext) -> u32 {
 }
 
 unsafe extern "C" fn on_timer(_map: *mut c_void, _key: *mut u32, value: *mut Timer) -> i32 {
-    let sweep = tick();
-    if let Some((from4, count4, from6, count6)) = sweep {
-        let mut from = from4;
-        // SAFETY: the callbacks get back the pointer given here.
-        unsafe { bpf_loop(count4, sweep4 as *mut c_void, &raw mut from as *mut c_void, 0) };
-        from = from6;
-        // SAFETY: as above.
-        unsafe { bpf_loop(count6, sweep6 as *mut c_void, &raw mut from as *mut c_void, 0) };
-    }
+    let (from4, count4, from6, count6) = tick();
+    let mut from = from4;
+    // SAFETY: the callbacks get back the pointer given here.
+    unsafe { bpf_loop(count4, sweep4 as *mut c_void, &raw mut from as *mut c_void, 0) };
+    from = from6;
+    // SAFETY: as above.
+    unsafe { bpf_loop(count6, sweep6 as *mut c_void, &raw mut from as *mut c_void, 0) };
     // SAFETY: the timer whose callback this is.
     unsafe { bpf_timer_start(&raw mut (*value).timer, TICK_NS, 0) };
     0
@@ -54,14 +52,21 @@ unsafe extern "C" fn on_timer(_map: *mut c_void, _key: *mut u32, value: *mut Tim
 
 /// Move the clock on. The slices of buckets that are due.
 #[inline(always)]
-fn tick() -> Option<(u32, u32, u32, u32)> {
-    let c = maps::clock_mut()?;
-    let (b4, b6) = (maps::table4()?.mask() as u64 + 1, maps::table6()?.mask() as u64 + 1);
+fn tick() -> (u32, u32, u32, u32) {
+    let c = maps::clock();
+    let (b4, b6) = (maps::Conn4::mask() as u64 + 1, maps::Conn6::mask() as u64 + 1);
     // SAFETY: a valid value; only the timer writes these fields.
     unsafe {
         let now = bpf_ktime_get_ns();
         (&raw mut (*c).tick_ns).write_volatile(now);
-        (&raw mut (*c).now_s).write_volatile((now / 1_000_000_000) as u32);
+        let now_s = (now / 1_000_000_000) as u32;
+        (&raw mut (*c).now_s).write_volatile(now_s);
+        let stamps = &raw mut (*c).stamps.0 as *mut u32;
+        let mut of = 0;
+        while of < 64 {
+            stamps.add(of).write_volatile(conn::stamp_of(&maps::config().policy, now_s, of));
+            of += 1;
+        }
         let n = (*c).ticks;
         (&raw mut (*c).ticks).write_volatile(n.wrapping_add(1));
         let at = (n % SWEEP_TICKS) as u64;
@@ -70,7 +75,7 @@ fn tick() -> Option<(u32, u32, u32, u32)> {
             (from as u32, (to - from) as u32)
         };
         let (s4, s6) = (slice(b4), slice(b6));
-        Some((s4.0, s4.1, s6.0, s6.1))
+        (s4.0, s4.1, s6.0, s6.1)
     }
 }
 
@@ -78,15 +83,14 @@ fn tick() -> Option<(u32, u32, u32, u32)> {
 #[inline(always)]
 fn sweep_number() -> u32 {
     // SAFETY: a valid value; volatile because the timer writes it.
-    maps::clock().map_or(0, |c| unsafe { (&raw const c.ticks).read_volatile() } / SWEEP_TICKS)
+    unsafe { (&raw const (*maps::clock()).ticks).read_volatile() / SWEEP_TICKS }
 }
 
 /// One bucket, as a callback of bpf_loop.
 pub unsafe extern "C" fn sweep4(i: u32, from: *mut u32) -> i64 {
-    let Some(t) = maps::table4() else { return 1 };
     // SAFETY: what on_timer passed.
     let bucket = unsafe { *from }.wrapping_add(i);
-    conn::sweep(&t, bucket, |entry| calls::release4(&entry));
+    conn::sweep(&Table::<V4>::NEW, bucket, |entry| calls::release4(&entry));
     if conn::orphans_due(bucket, sweep_number()) {
         calls::conn4_orphans(bucket);
     }
@@ -95,10 +99,9 @@ pub unsafe extern "C" fn sweep4(i: u32, from: *mut u32) -> i64 {
 
 /// The same for IPv6.
 pub unsafe extern "C" fn sweep6(i: u32, from: *mut u32) -> i64 {
-    let Some(t) = maps::table6() else { return 1 };
     // SAFETY: what on_timer passed.
     let bucket = unsafe { *from }.wrapping_add(i);
-    conn::sweep(&t, bucket, |entry| calls::release6(&entry));
+    conn::sweep(&Table::<V6>::NEW, bucket, |entry| calls::release6(&entry));
     if conn::orphans_due(bucket, sweep_number()) {
         calls::conn6_orphans(bucket);
     }

@@ -1,19 +1,11 @@
 //! The connection tables' words in map memory.
 
-use aya_ebpf::Global;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg};
-use rvs_datapath::abi::{Clock, Config};
 use rvs_datapath::conn::{self, Addressing, Conns, Policy};
 use rvs_datapath::ct::{self, Bucket, Buckets, Entry, Family, Key, Outcome, Rank, Seed, Slot, V4, V6};
 
 use crate::calls;
 use crate::maps;
-
-/// Number of buckets - 1. Read-only data: the verifier sees constants, and from `n & MASK` the bounds of the access.
-#[unsafe(no_mangle)]
-static MASK4: Global<u32> = Global::new(0);
-#[unsafe(no_mangle)]
-static MASK6: Global<u32> = Global::new(0);
 
 /// One bucket.
 #[derive(Clone, Copy)]
@@ -41,48 +33,40 @@ impl<const WORDS: usize> Bucket for Line<WORDS> {
 
 /// One family's table and what belongs to it.
 #[derive(Clone, Copy)]
-pub struct Table<'a, F> {
-    words: *mut u64,
-    config: &'a Config,
-    clock: &'a Clock,
-    family: core::marker::PhantomData<F>,
+pub struct Table<F>(core::marker::PhantomData<F>);
+
+impl<F> Table<F> {
+    pub const NEW: Table<F> = Table(core::marker::PhantomData);
 }
 
-impl<'a, F> Table<'a, F> {
-    #[inline(always)]
-    pub fn new(words: *mut u64, config: &'a Config, clock: &'a Clock) -> Self {
-        Table { words, config, clock, family: core::marker::PhantomData }
-    }
-    #[inline(always)]
-    fn clock_s(&self) -> u32 {
-        // SAFETY: a valid reference; volatile because the timer writes it meanwhile.
-        unsafe { (&raw const self.clock.now_s).read_volatile() }
-    }
+#[inline(always)]
+fn clock_s() -> u32 {
+    // SAFETY: a valid value; volatile because the timer writes it meanwhile.
+    unsafe { (&raw const (*maps::clock()).now_s).read_volatile() }
 }
 
 macro_rules! buckets {
-    ($family:ty, $words:literal, $mask:ident) => {
-        impl Buckets<$family> for Table<'_, $family> {
+    ($family:ty, $words:literal, $map:ty) => {
+        impl Buckets<$family> for Table<$family> {
             type B<'b>
                 = Line<$words>
             where
                 Self: 'b;
             #[inline(always)]
             fn bucket(&self, n: u32) -> Line<$words> {
-                // SAFETY: the map's value has MASK + 1 buckets.
-                Line(unsafe { self.words.add((n & $mask.load()) as usize * $words) })
+                Line(<$map>::at(n) as *mut u64)
             }
             #[inline(always)]
             fn mask(&self) -> u32 {
-                $mask.load()
+                <$map>::mask()
             }
             #[inline(always)]
             fn seed(&self) -> &Seed {
-                &self.config.seed
+                &maps::config().seed
             }
             #[inline(always)]
             fn rank(&self, control: u64) -> Rank {
-                conn::rank(&self.config.policy, control, self.clock_s(), |x| Buckets::<$family>::sign(self, x))
+                conn::rank(&maps::config().policy, control, clock_s(), |x| Buckets::<$family>::sign(self, x))
             }
             #[inline(always)]
             fn movable(&self, control: u64) -> bool {
@@ -116,12 +100,12 @@ macro_rules! buckets {
         const _: () = assert!(<$family>::WORDS == $words);
     };
 }
-buckets!(V4, 8, MASK4);
-buckets!(V6, 16, MASK6);
+buckets!(V4, 8, maps::Conn4);
+buckets!(V6, 16, maps::Conn6);
 
 macro_rules! conns {
     ($family:ty, $enter:path, $release:path) => {
-        impl Conns<$family> for Table<'_, $family> {
+        impl Conns<$family> for Table<$family> {
             type Table = Self;
             #[inline(always)]
             fn table(&self) -> &Self {
@@ -129,11 +113,19 @@ macro_rules! conns {
             }
             #[inline(always)]
             fn policy(&self) -> &Policy {
-                &self.config.policy
+                &maps::config().policy
             }
             #[inline(always)]
             fn now_s(&self) -> u32 {
-                self.clock_s()
+                clock_s()
+            }
+            #[inline(always)]
+            fn stamp(&self, proto: u64, state: u64) -> u64 {
+                // SAFETY: a valid value; volatile because the timer writes it meanwhile.
+                unsafe {
+                    let stamps = &raw const (*maps::clock()).stamps.0;
+                    (stamps as *const u32).add((proto << 4 | state) as usize & 63).read_volatile() as u64
+                }
             }
             #[inline(always)]
             fn account(&self, dest: u32, active: i64, inactive: i64) {

@@ -23,11 +23,18 @@ impl Window for MemWindow<'_> {
     fn r32(&self, at: usize) -> u32 {
         u32::from_ne_bytes([self.0[at], self.0[at + 1], self.0[at + 2], self.0[at + 3]])
     }
+    fn r64(&self, at: usize) -> u64 {
+        let word = |at| u64::from(self.r32(at));
+        if cfg!(target_endian = "little") { word(at) | word(at + 4) << 32 } else { word(at) << 32 | word(at + 4) }
+    }
     fn w16(&mut self, at: usize, v: u16) {
         self.0[at..at + 2].copy_from_slice(&v.to_ne_bytes());
     }
     fn w32(&mut self, at: usize, v: u32) {
         self.0[at..at + 4].copy_from_slice(&v.to_ne_bytes());
+    }
+    fn w64(&mut self, at: usize, v: u64) {
+        self.0[at..at + 8].copy_from_slice(&v.to_ne_bytes());
     }
 }
 

@@ -93,8 +93,6 @@ impl MemTables {
             version: abi::VERSION,
             seed,
             policy: Policy::new(&t),
-            mask4: sizes.buckets4 - 1,
-            mask6: sizes.buckets6 - 1,
             flags: 0,
             turned_at: 0,
             timeouts_s: [t.tcp, t.tcp_fin, t.udp, 0],
@@ -150,8 +148,8 @@ impl MemTables {
                 (u64::from(tick % abi::SWEEP_TICKS), u64::from(abi::SWEEP_TICKS), u64::from(mask) + 1);
             (at * buckets / of) as u32..((at + 1) * buckets / of) as u32
         };
-        self.conns4.sweep_buckets(slice(self.config.mask4));
-        self.conns6.sweep_buckets(slice(self.config.mask6));
+        self.conns4.sweep_buckets(slice(self.conns4.words.mask()));
+        self.conns6.sweep_buckets(slice(self.conns6.words.mask()));
     }
 
     /// A dest as each packet reads it. `index` is not 0.
@@ -230,8 +228,8 @@ impl Tables for MemTables {
     fn config(&self) -> &Config {
         &self.config
     }
-    fn iface(&self, ifindex: u32) -> Option<&Iface> {
-        self.ifaces.get(&ifindex)
+    fn iface(&self, ifindex: u32) -> Iface {
+        self.ifaces.get(&ifindex).copied().unwrap_or_default()
     }
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
         self.service_keys.get(key).copied()

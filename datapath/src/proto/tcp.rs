@@ -75,12 +75,26 @@ const fn row(next: [u64; 11]) -> u64 {
     packed
 }
 
-/// Rows of one way in the order in which the flags are looked at (`tcp_state_idx`): RST, SYN, FIN, ACK; and none of them, which
-/// closes.
-type Table = [u64; 8];
+/// The flags that decide.
+const FLAGS: u8 = RST | SYN | FIN | ACK;
+
+/// Rows of one way by the flags byte. They are looked at in this order: RST, SYN, FIN, ACK (`tcp_state_idx`); none of them closes.
+type Table = [u64; FLAGS as usize + 1];
 const fn table(rows: [[u64; 11]; 4]) -> Table {
-    let none = row([CLOSE; 11]);
-    [row(rows[0]), row(rows[1]), row(rows[2]), row(rows[3]), none, none, none, none]
+    let mut table = [row([CLOSE; 11]); FLAGS as usize + 1];
+    let mut flags = 0;
+    while flags < table.len() {
+        let order = [RST, SYN, FIN, ACK];
+        let mut i = order.len();
+        while i > 0 {
+            i -= 1;
+            if flags & order[i] as usize != 0 {
+                table[flags] = row(rows[i]);
+            }
+        }
+        flags += 1;
+    }
+    table
 }
 
 /// By [`Way`].
@@ -111,34 +125,10 @@ static NEXT: [Table; 4] = {
     [input, output, input_only, input_only]
 };
 
-/// Row number by the bits ACK, RST, SYN, FIN: a nibble each.
-const ROW: u64 = {
-    let mut packed = 0;
-    let mut bits = 0;
-    while bits < 16 {
-        let of = if bits & 4 != 0 {
-            0
-        } else if bits & 2 != 0 {
-            1
-        } else if bits & 1 != 0 {
-            2
-        } else if bits & 8 != 0 {
-            3
-        } else {
-            4
-        };
-        packed |= of << (4 * bits);
-        bits += 1;
-    }
-    packed
-};
-
 /// The next state. No flag of the four: CLOSE, as in the kernel. No branches: a verifier would walk every combination of them.
 #[inline(always)]
 pub fn next(state: u64, flags: u8, way: Way) -> u64 {
-    let bits = flags as u64 & 7 | (flags as u64 & ACK as u64) >> 1;
-    let row = ROW >> (4 * bits) & 7;
-    NEXT[way as usize & 3][row as usize] >> (4 * (state & 15)) & 0xf
+    NEXT[way as usize & 3][(flags & FLAGS) as usize] >> (4 * (state & 15)) & 0xf
 }
 
 /// A SYN on a flow in this state starts a new one at once (`is_new_conn_expected`, conn_reuse_mode 1).

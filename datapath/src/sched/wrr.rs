@@ -64,7 +64,7 @@ impl<T: Tables> Walker<T> for Walk {
         let w = self;
         if w.place >= w.list.count {
             // The end of the list: the next weight level.
-            w.place = 0;
+            w.place = t.blur(0, w.current);
             if w.current <= w.divisor {
                 if w.last_pass {
                     return true;

@@ -348,7 +348,7 @@ fn a_deleted_dest_drops_and_comes_back(hook: Hook) -> TestResult {
         })?;
         // (The last round's connection, cut off by -D, may still be at its FIN.)
         eventually("the connection to be counted", SOON, || {
-            let counted = connections(&rvs).map_err(|e| e.to_string())?;
+            let counted = connections(&rvs).map_err(|e| format!("{e:?}"))?;
             if counted.get(&own).is_some_and(|c| c[0] == 1) { Ok(()) } else { Err(format!("{counted:?}")) }
         })?;
         drop(stream);

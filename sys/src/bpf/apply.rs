@@ -196,7 +196,7 @@ impl Maps {
     /// A dest's counters of all CPUs together, without its offset.
     fn raw_stats(&self, dest: u32) -> Result<Stats> {
         let cpus = self.dest_stats.get(dest)?;
-        Ok(cpus.into_iter().fold(Stats::default(), |sum, cpu| combine(sum, cpu, u64::wrapping_add)))
+        Ok(cpus.into_iter().fold(Stats::default(), |sum, cpu| combine(sum, cpu.stats, u64::wrapping_add)))
     }
 
     /// A dest's counters as shown, and what it adds to its service's.

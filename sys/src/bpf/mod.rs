@@ -3,19 +3,20 @@
 mod apply;
 pub mod attach;
 mod conns;
+mod flat;
 mod raw;
 
 pub use apply::combine;
 pub use conns::{ConnTable, Flow};
 
-use aya::maps::{HashMap, MapData, PerCpuArray};
+use aya::maps::{HashMap, MapData};
 use aya::programs::{TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
-use rvs_datapath::abi::{self, Clock, Config, Hop, Iface, ServiceKey, map};
+use rvs_datapath::abi::{self, Clock, Config, CpuStats, Hop, Iface, ServiceKey, map};
 use rvs_datapath::conn::{Policy, SLOTS_MAX, Timeouts};
 use rvs_datapath::ct::{Family, MIN_BUCKETS, Seed, V4, V6};
 use rvs_datapath::verdict::COUNTERS;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -33,7 +34,7 @@ macro_rules! plain {
         unsafe impl Plain for $t {}
     )* };
 }
-plain!(u32, u64, [u64; 32], Config, Clock, Iface, ServiceKey, Hop);
+plain!(u32, u64, [u64; 32], Config, Clock, CpuStats, Iface, ServiceKey, Hop);
 plain!(abi::Service, abi::ServiceState, abi::ListEntry, abi::Dest, abi::DestInfo, abi::DestState, abi::Stats);
 
 #[repr(transparent)]
@@ -116,6 +117,11 @@ impl<T: Plain> Table<T> {
     /// Words of a value; the kernel rounds values up to them.
     const WORDS: usize = size_of::<T>().div_ceil(8);
 
+    fn new(fd: BorrowedFd<'_>, name: &'static str, len: u32) -> Result<Table<T>> {
+        let bytes = len as usize * Self::WORDS * 8;
+        let mapping = raw::Mapping::new(fd, bytes).map_err(failed(format!("map {name} into memory")))?;
+        Ok(Table { mapping, len, name, value: std::marker::PhantomData })
+    }
     fn words(&self, index: u32) -> Result<&[AtomicU64]> {
         let at = index as usize * Self::WORDS;
         let words = self.mapping.words().get(at..at + Self::WORDS);
@@ -154,13 +160,18 @@ impl<T: Plain> Table<T> {
     }
 }
 
-/// Typed access to a per-CPU array map.
-pub struct PerCpu<T: Plain>(PerCpuArray<MapData, P<T>>, &'static str);
+/// An array for each CPU, one after the other.
+pub struct PerCpu<T: Plain> {
+    all: Table<T>,
+    len: u32,
+    cpus: u32,
+}
 impl<T: Plain> PerCpu<T> {
     /// A value for each CPU.
     pub fn get(&self, index: u32) -> Result<Vec<T>> {
-        let values = self.0.get(&index, 0).map_err(failed(format!("map {}, read entry {index}", self.1)))?;
-        Ok(values.iter().map(|v| v.0).collect())
+        // Past the end it is to be an error, not another CPU's.
+        let first = if index < self.len { index } else { self.all.len() };
+        (0..self.cpus).map(|cpu| self.all.get(first + cpu * self.len)).collect()
     }
 }
 
@@ -196,7 +207,7 @@ pub struct Maps {
     pub dests: Table<abi::Dest>,
     pub dest_info: Table<abi::DestInfo>,
     pub dest_state: Table<abi::DestState>,
-    pub dest_stats: PerCpu<abi::Stats>,
+    pub dest_stats: PerCpu<CpuStats>,
     pub lists: Table<abi::ListEntry>,
     pub tables: Table<u32>,
     pub hops: Table<Hop>,
@@ -210,6 +221,8 @@ pub struct Maps {
 pub struct Dataplane {
     ebpf: Ebpf,
     pub maps: Maps,
+    /// Programs that are loaded later name the maps by these open files.
+    _flat: Flat,
     dir: PathBuf,
     /// Made by this call, and not adopted from pins.
     pub fresh: bool,
@@ -228,13 +241,12 @@ impl Dataplane {
     pub fn load(object: &[u8], dir: &Path, sizes: &Sizes, programs: &[&str], own: &[(&str, u32)]) -> Result<Dataplane> {
         std::fs::create_dir_all(dir).map_err(failed(format!("pin folder {}", dir.display())))?;
         let fresh = !dir.join(map::CONFIG).exists();
-        let (mask4, mask6) = if fresh {
-            (make_conns::<V4>(map::CONN4, dir, sizes.flows4)?, make_conns::<V6>(map::CONN6, dir, sizes.flows6)?)
-        } else {
-            adopt(dir)?
-        };
-        let ebpf = load(object, dir, sizes, own, mask4, mask6)?;
-        let mut dataplane = Dataplane { maps: Maps::open(dir, fresh, mask4, mask6)?, ebpf, dir: dir.to_owned(), fresh };
+        let flat = if fresh { Flat::make(dir, sizes)? } else { Flat::adopt(dir)? };
+        let ebpf = load(object, dir, sizes, own, &flat)?;
+        if fresh {
+            flat.configure(dir)?;
+        }
+        let mut dataplane = Dataplane { maps: Maps::open(dir, &flat)?, ebpf, _flat: flat, dir: dir.to_owned(), fresh };
         for name in programs {
             dataplane.xdp(name)?.load().map_err(failed(format!("program {name}")))?;
         }
@@ -259,7 +271,9 @@ impl Dataplane {
     }
     /// An array map that only this object has.
     pub fn own_table<T: Plain>(&self, name: &'static str) -> Result<Table<T>> {
-        array(&self.dir, name)
+        let data = MapData::from_pin(self.dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
+        let len = data.info().map_err(failed(format!("map {name}")))?.max_entries();
+        Table::new(data.fd().as_fd(), name, len)
     }
     /// Take all programs off their interfaces and all pins away: the data plane ends with the last open file. The folder stays.
     pub fn teardown(&mut self) -> Result<()> {
@@ -283,7 +297,7 @@ impl Dataplane {
     /// Memory that the kernel charges for a map, in bytes.
     pub fn charged(&self, name: &str) -> Result<u64> {
         let data = MapData::from_pin(self.dir.join(name)).map_err(failed(format!("map {name}")))?;
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&data.fd().as_fd());
+        let fd = data.fd().as_fd().as_raw_fd();
         let what = format!("fdinfo of map {name}");
         let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).map_err(failed(what.clone()))?;
         let line = text.lines().find_map(|l| l.strip_prefix("memlock:")).map(str::trim).map(str::parse);
@@ -294,65 +308,171 @@ impl Dataplane {
     }
 }
 
-/// Make and pin a connection table. Its number of buckets - 1.
-fn make_conns<F: Family>(name: &str, dir: &Path, flows: u32) -> Result<u32> {
-    let buckets = Sizes::buckets::<F>(flows)?;
-    let path = dir.join(name);
-    // Left behind by a start that was cut short (CONFIG, the last to come, is missing).
-    let _ = std::fs::remove_file(&path);
-    let bytes = buckets * F::WORDS as u32 * 8;
-    let fd: OwnedFd = raw::create_mappable(name, bytes).map_err(failed(format!("map {name} of {bytes} bytes")))?;
-    raw::pin(fd.as_fd(), &path).map_err(failed(format!("pin {}", path.display())))?;
-    Ok(buckets - 1)
+/// The maps that the programs reach without a lookup (`flat`), and how many entries each has: a power of two, or one.
+struct Flat(Vec<(&'static str, OwnedFd, u32)>);
+
+/// Name, words of an entry, entries; `true`: such an array for each CPU.
+type Shape = (&'static str, usize, u32, bool);
+
+fn words<T>() -> usize {
+    size_of::<T>().div_ceil(8)
 }
 
-/// The masks of pinned tables, if the pins are of our layout.
-fn adopt(dir: &Path) -> Result<(u32, u32)> {
-    let data = MapData::from_pin(dir.join(map::CONFIG)).map_err(failed("map CONFIG"))?;
-    let size = data.info().map_err(failed("map CONFIG"))?.value_size();
-    let other = |what: String| {
-        BpfError::Refused(format!(
-            "the pins in {} were made by another version of rvsd ({what}): stop with that version's `rvsd --teardown`, or use another folder (--pin)",
-            dir.display()
-        ))
-    };
-    if size as usize != size_of::<Config>() {
-        return Err(other(format!("a configuration of {size} bytes")));
-    }
-    let config = array::<Config>(dir, map::CONFIG)?.get(0)?;
-    if config.version != abi::VERSION {
-        return Err(other(format!("layout {:016x}, ours is {:016x}", config.version, abi::VERSION)));
-    }
-    Ok((config.mask4, config.mask6))
+fn shapes(s: &Sizes) -> Result<[Shape; 16]> {
+    let (services, dests) = (s.services.next_power_of_two(), s.dests.next_power_of_two());
+    Ok([
+        (map::CONN4, V4::WORDS, Sizes::buckets::<V4>(s.flows4)?, false),
+        (map::CONN6, V6::WORDS, Sizes::buckets::<V6>(s.flows6)?, false),
+        (map::CLOCK, words::<Clock>(), 1, false),
+        (map::IFACES, words::<Iface>(), abi::IFACES_MAX, false),
+        (map::SERVICES, words::<abi::Service>(), services, false),
+        (map::SERVICE_STATE, words::<abi::ServiceState>(), services, false),
+        (map::DESTS, words::<abi::Dest>(), dests, false),
+        (map::DEST_INFO, words::<abi::DestInfo>(), dests, false),
+        (map::DEST_STATE, words::<abi::DestState>(), dests, false),
+        (map::DEST_STATS, words::<CpuStats>(), dests, true),
+        (map::LISTS, words::<abi::ListEntry>(), s.lists.next_power_of_two(), false),
+        (map::TABLES, words::<u32>(), s.tables.next_power_of_two(), false),
+        (map::HOPS, words::<Hop>(), s.hops.next_power_of_two(), false),
+        (map::REPLY_HOPS, words::<Hop>(), abi::REPLY_HOPS_MAX, false),
+        (map::VERDICTS, words::<u64>(), COUNTERS as u32, true),
+        (map::CONFIG, words::<Config>(), 1, false),
+    ])
 }
 
-fn load(object: &[u8], dir: &Path, s: &Sizes, own: &[(&str, u32)], mask4: u32, mask6: u32) -> Result<Ebpf> {
+/// CPUs that there can be.
+fn cpus() -> Result<u32> {
+    let cpus = aya::util::nr_cpus().map_err(|(path, source)| failed(format!("read {path}"))(source))?;
+    Ok(cpus as u32)
+}
+/// Parts of a map that has one for each: a power of two.
+fn cpu_parts() -> Result<u32> {
+    Ok(cpus()?.next_power_of_two())
+}
+
+impl Flat {
+    /// New ones. All but CONFIG, which comes last, are pinned: its pin says that all are there.
+    fn make(dir: &Path, sizes: &Sizes) -> Result<Flat> {
+        let mut made = Vec::new();
+        for (name, words, len, per_cpu) in shapes(sizes)? {
+            let path = dir.join(name);
+            let bytes = words as u64 * 8 * u64::from(len) * if per_cpu { u64::from(cpu_parts()?) } else { 1 };
+            let too_large =
+                || BpfError::Refused(format!("map {name} would have {bytes} bytes: at most {}", u32::MAX / 2));
+            let bytes = u32::try_from(bytes).ok().filter(|b| *b <= u32::MAX / 2).ok_or_else(too_large)?;
+            let fd = raw::create_mappable(name, bytes).map_err(failed(format!("map {name} of {bytes} bytes")))?;
+            made.push((name, fd, len));
+            // Left behind by a start that was cut short.
+            let _ = std::fs::remove_file(&path);
+        }
+        for name in LOOKED_UP {
+            let _ = std::fs::remove_file(dir.join(name));
+        }
+        for (name, fd, _) in made.iter().filter(|(name, ..)| *name != map::CONFIG) {
+            let path = dir.join(name);
+            raw::pin(fd.as_fd(), &path).map_err(failed(format!("pin {}", path.display())))?;
+        }
+        Ok(Flat(made))
+    }
+
+    /// Those pinned, if they are of our layout.
+    fn adopt(dir: &Path) -> Result<Flat> {
+        let other = |what: String| {
+            BpfError::Refused(format!(
+                "the pins in {} were made by another version of rvsd ({what}): stop with that version's `rvsd --teardown`, or use another folder (--pin)",
+                dir.display()
+            ))
+        };
+        let mut found = Vec::new();
+        // CONFIG first: without its version nothing else is worth a look.
+        for (name, words, _, per_cpu) in shapes(&Sizes::default())?.into_iter().rev() {
+            let data = MapData::from_pin(dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
+            let size = data.info().map_err(failed(format!("map {name}")))?.value_size() as usize;
+            let one = words * 8 * if per_cpu { cpu_parts()? as usize } else { 1 };
+            let len = (size / one) as u32;
+            if size % one != 0 || !len.is_power_of_two() {
+                return Err(other(format!("map {name} of {size} bytes")));
+            }
+            let fd = data.fd().as_fd().try_clone_to_owned().map_err(failed(format!("map {name}")))?;
+            found.push((name, fd, len));
+            if name == map::CONFIG {
+                let version = Table::<Config>::new(data.fd().as_fd(), name, len)?.get(0)?.version;
+                if version != abi::VERSION {
+                    return Err(other(format!("layout {version:016x}, ours is {:016x}", abi::VERSION)));
+                }
+            }
+        }
+        Ok(Flat(found))
+    }
+
+    /// The first configuration; then all is there.
+    fn configure(&self, dir: &Path) -> Result<()> {
+        let mut seed = Seed::default();
+        for word in &mut seed.0 {
+            *word = random()?;
+        }
+        let t = Timeouts::default();
+        let policy = Policy::new(&t);
+        let timeouts_s = [t.tcp, t.tcp_fin, t.udp, 0];
+        let config = Config { version: abi::VERSION, seed, policy, flags: 0, turned_at: 0, timeouts_s };
+        self.table::<Config>(map::CONFIG)?.set(0, config)?;
+        let path = dir.join(map::CONFIG);
+        raw::pin(self.get(map::CONFIG)?.1, &path).map_err(failed(format!("pin {}", path.display())))
+    }
+
+    /// What the programs know of them.
+    fn symbols(&self) -> Result<Vec<(String, flat::Value)>> {
+        let mut symbols = vec![("CPUS_MASK".to_owned(), flat::Value::Number(u64::from(cpu_parts()? - 1)))];
+        let shapes = shapes(&Sizes::default())?;
+        for ((name, fd, len), (_, words, ..)) in
+            self.0.iter().filter_map(|m| Some((m, shapes.iter().find(|s| s.0 == m.0)?)))
+        {
+            symbols.push(((*name).to_owned(), flat::Value::Map(fd.as_raw_fd())));
+            symbols.push((format!("{name}_MASK"), flat::Value::Number(u64::from(len - 1))));
+            symbols.push((format!("{name}_BYTES"), flat::Value::Number(u64::from(*len) * *words as u64 * 8)));
+        }
+        Ok(symbols)
+    }
+
+    fn get(&self, name: &str) -> Result<(&'static str, BorrowedFd<'_>, u32)> {
+        let found = self.0.iter().find(|(n, ..)| *n == name);
+        let (name, fd, len) = found.ok_or_else(|| BpfError::Refused(format!("there is no map {name}")))?;
+        Ok((name, fd.as_fd(), *len))
+    }
+    fn table<T: Plain>(&self, name: &str) -> Result<Table<T>> {
+        let (name, fd, len) = self.get(name)?;
+        Table::new(fd, name, len)
+    }
+    fn per_cpu<T: Plain>(&self, name: &str) -> Result<PerCpu<T>> {
+        let (name, fd, len) = self.get(name)?;
+        Ok(PerCpu { all: Table::new(fd, name, len * cpu_parts()?)?, len, cpus: cpus()? })
+    }
+    fn conns<F: rvs_datapath::packet::Ip>(&self, name: &str, config: Config) -> Result<ConnTable<F>> {
+        let (name, fd, len) = self.get(name)?;
+        let mapping = raw::Mapping::new(fd, len as usize * F::WORDS * 8);
+        Ok(ConnTable::new(mapping.map_err(failed(format!("map {name} into memory")))?, len - 1, config))
+    }
+}
+
+fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Flat) -> Result<Ebpf> {
+    let object = flat::bind(object, &flat.symbols()?).map_err(BpfError::Refused)?;
     let mut loader = EbpfLoader::new();
-    loader.override_global("MASK4", &mask4, true).override_global("MASK6", &mask6, true);
-    for (name, size) in [
-        (map::SERVICE_KEYS, s.services),
-        (map::SERVICES, s.services),
-        (map::SERVICE_STATE, s.services),
-        (map::DESTS, s.dests),
-        (map::DEST_INFO, s.dests),
-        (map::DEST_STATE, s.dests),
-        (map::DEST_STATS, s.dests),
-        (map::LISTS, s.lists),
-        (map::TABLES, s.tables),
-        (map::HOPS, s.hops),
-    ] {
-        loader.map_max_entries(name, size);
-    }
+    loader.map_max_entries(map::SERVICE_KEYS, sizes.services);
     for (name, size) in own {
         loader.map_max_entries(name, *size);
     }
-    for name in ALL.iter().chain(own.iter().map(|(name, _)| name)) {
+    for name in LOOKED_UP.iter().chain(own.iter().map(|(name, _)| name)) {
         loader.map_pin_path(name, dir.join(name));
     }
-    loader.load(object).map_err(failed("load the data plane"))
+    loader.load(&object).map_err(failed("load the data plane"))
 }
 
+/// The maps that are not flat.
+const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
+
 const ALL: [&str; 18] = [
+    // The first: without its pin nobody takes the others for whole.
+    map::CONFIG,
     map::CONN4,
     map::CONN6,
     map::CLOCK,
@@ -370,43 +490,31 @@ const ALL: [&str; 18] = [
     map::HOPS,
     map::REPLY_HOPS,
     map::VERDICTS,
-    // The last: its pin says that all are there.
-    map::CONFIG,
 ];
 
 impl Maps {
-    fn open(dir: &Path, fresh: bool, mask4: u32, mask6: u32) -> Result<Maps> {
-        let config = array::<Config>(dir, map::CONFIG)?;
-        if fresh {
-            let mut seed = Seed::default();
-            for word in &mut seed.0 {
-                *word = random()?;
-            }
-            let t = Timeouts::default();
-            let policy = Policy::new(&t);
-            let timeouts_s = [t.tcp, t.tcp_fin, t.udp, 0];
-            let c = Config { version: abi::VERSION, seed, policy, mask4, mask6, flags: 0, turned_at: 0, timeouts_s };
-            config.set(0, c)?;
-        }
+    fn open(dir: &Path, flat: &Flat) -> Result<Maps> {
+        let config = flat.table::<Config>(map::CONFIG)?;
         let c = config.get(0)?;
-        let keys = HashMap::try_from(open(dir, map::SERVICE_KEYS, aya::maps::Map::HashMap)?);
+        let keys = MapData::from_pin(dir.join(map::SERVICE_KEYS)).map_err(failed("pinned map SERVICE_KEYS"))?;
+        let keys = HashMap::try_from(aya::maps::Map::HashMap(keys)).map_err(failed("map SERVICE_KEYS"))?;
         Ok(Maps {
-            clock: array(dir, map::CLOCK)?,
-            ifaces: array(dir, map::IFACES)?,
-            keys: Keys(keys.map_err(failed("map SERVICE_KEYS"))?),
-            services: array(dir, map::SERVICES)?,
-            service_state: array(dir, map::SERVICE_STATE)?,
-            dests: array(dir, map::DESTS)?,
-            dest_info: array(dir, map::DEST_INFO)?,
-            dest_state: array(dir, map::DEST_STATE)?,
-            dest_stats: per_cpu(dir, map::DEST_STATS)?,
-            lists: array(dir, map::LISTS)?,
-            tables: array(dir, map::TABLES)?,
-            hops: array(dir, map::HOPS)?,
-            reply_hops: array(dir, map::REPLY_HOPS)?,
-            verdicts: per_cpu(dir, map::VERDICTS)?,
-            conns4: conns(dir, map::CONN4, mask4, c)?,
-            conns6: conns(dir, map::CONN6, mask6, c)?,
+            clock: flat.table(map::CLOCK)?,
+            ifaces: flat.table(map::IFACES)?,
+            keys: Keys(keys),
+            services: flat.table(map::SERVICES)?,
+            service_state: flat.table(map::SERVICE_STATE)?,
+            dests: flat.table(map::DESTS)?,
+            dest_info: flat.table(map::DEST_INFO)?,
+            dest_state: flat.table(map::DEST_STATE)?,
+            dest_stats: flat.per_cpu(map::DEST_STATS)?,
+            lists: flat.table(map::LISTS)?,
+            tables: flat.table(map::TABLES)?,
+            hops: flat.table(map::HOPS)?,
+            reply_hops: flat.table(map::REPLY_HOPS)?,
+            verdicts: flat.per_cpu(map::VERDICTS)?,
+            conns4: flat.conns(map::CONN4, c)?,
+            conns6: flat.conns(map::CONN6, c)?,
             config,
         })
     }
@@ -418,27 +526,6 @@ impl Maps {
         }
         Ok(all)
     }
-}
-
-fn open(dir: &Path, name: &str, kind: fn(MapData) -> aya::maps::Map) -> Result<aya::maps::Map> {
-    MapData::from_pin(dir.join(name)).map(kind).map_err(failed(format!("pinned map {name}")))
-}
-fn array<T: Plain>(dir: &Path, name: &'static str) -> Result<Table<T>> {
-    let data = MapData::from_pin(dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
-    let len = data.info().map_err(failed(format!("map {name}")))?.max_entries();
-    let bytes = len as usize * Table::<T>::WORDS * 8;
-    let mapping = raw::Mapping::new(data.fd().as_fd(), bytes).map_err(failed(format!("map {name} into memory")))?;
-    Ok(Table { mapping, len, name, value: std::marker::PhantomData })
-}
-fn per_cpu<T: Plain>(dir: &Path, name: &'static str) -> Result<PerCpu<T>> {
-    let map = PerCpuArray::try_from(open(dir, name, aya::maps::Map::PerCpuArray)?);
-    Ok(PerCpu(map.map_err(failed(format!("map {name}")))?, name))
-}
-fn conns<F: rvs_datapath::packet::Ip>(dir: &Path, name: &str, mask: u32, c: Config) -> Result<ConnTable<F>> {
-    let data = MapData::from_pin(dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
-    let bytes = (mask as usize + 1) * F::WORDS * 8;
-    let mapping = raw::Mapping::new(data.fd().as_fd(), bytes).map_err(failed(format!("map {name} into memory")))?;
-    Ok(ConnTable::new(mapping, mask, c))
 }
 
 /// A random word from the kernel.

@@ -136,7 +136,8 @@ impl Kernel {
         let folder = pins.0.join("fixtures");
         let dataplane = Dataplane::load(OBJECT, &folder, &sizes, &["rvs_xdp"], &[]).expect("load the data plane");
         let mut config = dataplane.maps.config.get(0).expect("the configuration");
-        assert_eq!((config.mask4, config.mask6), (4095, 4095), "both engines lay flows in the same places");
+        let buckets = (dataplane.maps.conns4.buckets(), dataplane.maps.conns6.buckets());
+        assert_eq!(buckets, (4096, 4096), "both engines lay flows in the same places");
         config.seed = SEED;
         dataplane.maps.config.set(0, config).expect("set the seed");
         let verdicts = [0; COUNTERS];
@@ -148,7 +149,7 @@ impl Kernel {
     }
     fn stats(&self, dest: u32) -> Stats {
         let values = self.dataplane.maps.dest_stats.get(dest).expect("counters");
-        values.iter().fold(Stats::default(), |a, b| Stats {
+        values.iter().map(|v| v.stats).fold(Stats::default(), |a, b| Stats {
             connections: a.connections + b.connections,
             packets_in: a.packets_in + b.packets_in,
             packets_out: a.packets_out + b.packets_out,
@@ -192,7 +193,9 @@ impl Engine for Kernel {
             maps.service_state.set(i, ServiceState::default()).expect("clear");
         }
         // The limit of ICMP errors starts anew, too.
-        maps.clock.set(0, Clock { now_s: START_S, ..Clock::default() }).expect("the clock");
+        maps.clock
+            .set(0, Clock::at(START_S, &maps.config.get(0).expect("the configuration").policy))
+            .expect("the clock");
         self.verdicts = maps.verdicts().expect("the counters");
         self.verdicts_before = self.verdicts;
         self.stats_before = (0..SIZES.dests).map(|d| self.stats(d)).collect();
@@ -228,7 +231,9 @@ impl Engine for Kernel {
         self.layout = layout.clone();
     }
     fn set_now(&mut self, now_s: u32) {
-        self.dataplane.maps.clock.set(0, Clock { now_s, ..Clock::default() }).expect("the clock");
+        let maps = &self.dataplane.maps;
+        let policy = maps.config.get(0).expect("the configuration").policy;
+        maps.clock.set(0, Clock::at(now_s, &policy)).expect("the clock");
     }
     fn set_machines(&mut self, service: u32, state: ServiceState) {
         self.dataplane.maps.service_state.set(service, state).expect("machines");

@@ -336,7 +336,7 @@ impl Lab {
         let mut lab = Lab { client, director, server, back, dataplane, model: Model::new(), planner, _pins: pins };
         for name in ["lan", back] {
             let port = Port { name, ifindex: ifindex(&lab.director, name) };
-            let iface = Iface { ifindex: port.ifindex, mac: mac(&lab.director, name), flags: 0, mtu: 1500 };
+            let iface = Iface::new(port.ifindex, mac(&lab.director, name), 0, 1500);
             lab.dataplane.maps.ifaces.set(port.ifindex, iface).expect("the interface");
             lab.attach(name, Hook::Tc);
         }

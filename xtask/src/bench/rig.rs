@@ -166,8 +166,8 @@ impl<'a> Rig<'a> {
     /// One service, eight dests by rr.
     fn configure(&mut self) -> Result<()> {
         let maps = &mut self.plane.maps;
-        maps.clock.set(0, Clock { now_s: NOW_S, ..Clock::default() })?;
-        maps.ifaces.set(1, Iface { ifindex: 1, mac: OURS, flags: 0, mtu: 1500 })?;
+        maps.clock.set(0, Clock::at(NOW_S, &maps.config.get(0)?.policy))?;
+        maps.ifaces.set(1, Iface::new(1, OURS, 0, 1500))?;
         maps.lists.set(0, ListEntry { dest: 1, weight: 1 })?;
         for i in 1..=DESTS {
             maps.lists.set(i, ListEntry { dest: i, weight: 1 })?;
@@ -223,9 +223,9 @@ impl<'a> Rig<'a> {
     }
 
     pub fn tick(&mut self, seconds: u32) -> Result<()> {
-        let mut clock = self.plane.maps.clock.get(0)?;
-        clock.now_s += seconds;
-        Ok(self.plane.maps.clock.set(0, clock)?)
+        let maps = &self.plane.maps;
+        let now_s = maps.clock.get(0)?.now_s + seconds;
+        Ok(maps.clock.set(0, Clock::at(now_s, &maps.config.get(0)?.policy))?)
     }
 
     fn name(&self, program: usize) -> &'static str {
