@@ -57,6 +57,9 @@ pub mod map {
     pub const HOPS: &str = "HOPS";
     /// [`super::Hop`]s that the data plane found for replies; 0 is none.
     pub const REPLY_HOPS: &str = "REPLY_HOPS";
+    /// [`super::SCRATCH_WORDS`] for each CPU: what programs hand from function to function.
+    pub const SCRATCH4: &str = "SCRATCH4";
+    pub const SCRATCH6: &str = "SCRATCH6";
     /// u64 by [`crate::verdict::Reason`], such an array for each CPU.
     pub const VERDICTS: &str = "VERDICTS";
 }
@@ -293,6 +296,8 @@ pub struct Hop {
     pub ifindex: u32,
 }
 pub const REPLY_HOPS_MAX: u32 = 256;
+/// Room for the programs' own structures.
+pub const SCRATCH_WORDS: usize = 64;
 
 /// Sizes, and no padding: the sum of the fields.
 const _: () = {

@@ -29,6 +29,8 @@
 //! Whoever wins the compare-and-swap that frees, evicts or changes an entry moves its dest's ActiveConn and InActConn.
 //! A new entry is counted before it can be seen, so no counter is ever taken below zero.
 
+use core::hint::cold_path;
+
 use crate::ct::{self, Buckets, Cost, Entry, Family, Found, Hit, Key, LINKED, Look, Outcome, REVERSE, Rank, Slot};
 
 pub const DEST_SHIFT: u32 = 19;
@@ -432,9 +434,8 @@ fn forward_of<'a, F: Addressing, C: Conns<F> + ?Sized>(
 /// The payload of a new forward entry.
 #[inline(always)]
 fn forward<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, dest: u32, state: u64) -> u64 {
-    let p = c.policy();
-    let age = (c.now_s() >> p.current(key.control, state).shift()) as u64 & AGE_MASK;
-    (dest as u64) << DEST_SHIFT | ((p.epoch & 1) as u64) << EPOCH_SHIFT | age << AGE_SHIFT | state
+    let stamp = c.stamp(ct::proto(key.control), state);
+    (dest as u64) << DEST_SHIFT | stamp & (ct::STATE | AGE | EPOCH)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -579,8 +580,8 @@ pub fn make_way<F: Addressing, C: Conns<F> + ?Sized>(
 }
 
 /// What decides whether a packet leaves its flow's forward entry as it is, for each state of each protocol (`proto << 4 | state`): the
-/// low bits of the control word of an entry in that state whose age is now's, with nothing left to count. Made by each tick,
-/// which is cheaper than to work it out for each packet.
+/// low bits of the control word of an entry in that state whose age is now's, with nothing left to count. Above them the row's limit, for
+/// the sweep. Made by each tick, which is cheaper than to work it out for each packet.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamps(pub [u32; 64]);
@@ -605,11 +606,21 @@ impl Stamps {
 #[inline(always)]
 pub fn stamp_of(policy: &Policy, now_s: u32, of: usize) -> u32 {
     let epoch = policy.epoch & 1;
-    let age = now_s >> policy.rows[epoch as usize][of & 63].shift() & AGE_MASK as u32;
+    let row = policy.rows[epoch as usize][of & 63];
+    let age = now_s >> row.shift() & AGE_MASK as u32;
     let state = of as u32 & ct::STATE as u32;
     // In state 0, which is UDP's, packets are not counted.
     let packets = if state == 0 { 0 } else { PACKETS as u32 };
-    packets | epoch << EPOCH_SHIFT | age << AGE_SHIFT | state
+    row.limit() << STAMP_LIMIT_SHIFT | packets | epoch << EPOCH_SHIFT | age << AGE_SHIFT | state
+}
+
+const STAMP_LIMIT_SHIFT: u32 = 18;
+
+/// Is a forward entry whose age is of the current epoch expired? As [`expired`] says; `stamp` is that of its protocol and state.
+#[inline(always)]
+fn expired_by(stamp: u64, control: u64) -> bool {
+    let ahead = (stamp >> AGE_SHIFT).wrapping_sub(control >> AGE_SHIFT).wrapping_add(7) & AGE_MASK;
+    ahead > (stamp >> STAMP_LIMIT_SHIFT) + 7
 }
 
 /// Would [`touch`] leave a forward entry as it is, and is it not expired? True of nearly every packet of a busy flow.
@@ -637,13 +648,13 @@ pub fn touch<F: Addressing, C: Conns<F> + ?Sized, B: ct::Bucket>(
     client: bool,
     next: impl Fn(u64) -> u64,
 ) -> Option<u64> {
-    let (p, now_s) = (c.policy(), c.now_s());
+    const STAMP: u64 = ct::STATE | AGE | EPOCH;
+    let p = c.policy();
     let (old, new) = hit.update::<F>(words, |old| {
-        let state = next(ct::state(old));
-        let age = (now_s >> p.current(old, state).shift()) as u64 & AGE_MASK;
+        let stamp = c.stamp(ct::proto(old), next(ct::state(old)));
         // The packet that opened the flow is counted by its having been opened. Not in state 0, which is UDP's: nobody asks there.
         let more = if client && old & PACKETS != PACKETS && ct::state(old) != 0 { 1 << PACKETS_SHIFT } else { 0 };
-        (old & !(ct::STATE | AGE | EPOCH) | ((p.epoch & 1) as u64) << EPOCH_SHIFT | age << AGE_SHIFT | state) + more
+        (old & !STAMP | stamp & STAMP) + more
     })?;
     if (old ^ new) & ct::STATE != 0 {
         let (was, is) = (p.row(old).active(), p.row(new).active());
@@ -715,13 +726,15 @@ pub fn sweep<F: Addressing, C: Conns<F> + ?Sized>(c: &C, bucket: u32, freed: imp
             if control & REVERSE != 0 {
                 return Look::Keep;
             }
+            let stamp = c.stamp(ct::proto(control), ct::state(control));
+            if (stamp ^ control) & EPOCH == 0 {
+                return if expired_by(stamp, control) { Look::Free } else { Look::Keep };
+            }
+            cold_path();
             let row = p.row(control);
             let idle = idle(row, control, now_s);
             if idle > row.limit() {
                 return Look::Free;
-            }
-            if (control & EPOCH) >> EPOCH_SHIFT == (p.epoch & 1) as u64 {
-                return Look::Keep;
             }
             let new = p.current(control, ct::state(control));
             let age = (now_s.saturating_sub(idle_s(row, idle)) >> new.shift()) as u64 & AGE_MASK;

@@ -71,27 +71,42 @@ pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
     }
 }
 
+/// A stage.
 #[inline(always)]
 pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Stage, number: u32) -> Verdict {
-    let flow = match parse::<I, P>(p) {
+    // What the packet says is kept when it may begin a flow.
+    let kept = match stage {
+        Stage::Whole | Stage::Retire | Stage::Anew | Stage::TimeExceeded => None,
+        _ => t.kept::<I>(),
+    };
+    let flow = match kept.map_or_else(|| parse::<I, P>(p), Ok) {
         Ok(flow) => flow,
         Err(verdict) => return verdict,
     };
     match stage {
         Stage::Whole => whole(p, t, &flow),
-        Stage::Retire => retire(I::conns(t), &flow),
-        Stage::First => first(t, &flow),
-        Stage::Enter => enter(t, &flow, number),
-        Stage::Link => link(I::conns(t), &flow, number),
+        Stage::Retire => retire(t, &flow),
         Stage::Linked => linked(p, t, &flow, number),
-        Stage::MakeWay => make_way(I::conns(t), &flow, number),
-        Stage::Forward => forward(p, t, &flow, number),
+        Stage::Forward | Stage::Anew => forward(p, t, &flow, number),
+        Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded),
+        Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable),
+        _ => open(t, &flow, stage, number),
+    }
+}
+
+/// Those stages of a flow's beginning that do not need the packet.
+#[inline(always)]
+pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u32) -> Verdict {
+    match stage {
+        Stage::First => first(t, flow),
+        Stage::Enter => enter(t, flow, number),
+        Stage::Link => link(I::conns(t), flow, number),
+        Stage::MakeWay => make_way(I::conns(t), flow, number),
         Stage::GiveUp => {
             conn::give_up::<I, _>(I::conns(t), &flow.key, number);
             drop(Reason::TableFull)
         }
-        Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded),
-        Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable),
+        _ => drop(Reason::Internal),
     }
 }
 
@@ -107,10 +122,17 @@ fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Ve
         // Being entered or moved this instant: good for the dest.
         Found::Weak(control) => {
             cold_path();
-            Verdict::go(Stage::Forward, conn::dest(control))
+            Verdict::go(Stage::Anew, conn::dest(control))
         }
-        Found::None => Verdict::go(Stage::First, 0),
+        Found::None => begin(t, flow),
     }
+}
+
+/// It may be the first packet of a flow.
+#[inline(always)]
+fn begin<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    t.keep(flow);
+    Verdict::go(Stage::First, 0)
 }
 
 /// Is this entry's flow over, so that the packet begins another one?
@@ -122,7 +144,8 @@ fn starts_anew<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, control: u64) -> bool 
 
 /// Timed out, or closed and its ports used again: it makes room at once.
 #[inline(always)]
-fn retire<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>) -> Verdict {
+fn retire<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    let c = I::conns(t);
     if let Found::Live(hit) = ct::lookup::<I, _>(c.table(), &flow.key)
         && hit.control & ct::REVERSE == 0
         && starts_anew(c, flow, hit.control)
@@ -130,7 +153,7 @@ fn retire<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>) -> Verdict {
     {
         c.release(&ct::Entry { words: flow.key.words, control: hit.control, slot: hit.slot::<I>() });
     }
-    Verdict::go(Stage::First, 0)
+    begin(t, flow)
 }
 
 /// A client's packet of a known flow.
@@ -168,7 +191,7 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
         }
         _ => {
             cold_path();
-            Verdict::go(Stage::Forward, index)
+            Verdict::go(Stage::Anew, index)
         }
     }
 }

@@ -565,6 +565,8 @@ pub fn try_insert<F: Family, T: Buckets<F>>(
 ) -> Outcome {
     let homes = homes::<F>(key, t.seed());
     let (a, b) = (t.bucket(homes.home), t.bucket(homes.other));
+    // Both are needed, and may be in memory far away: a compare-and-swap waits for all earlier loads, and lets none begin before it.
+    let _ = b.load(F::KEYS);
     let mut tries = 0;
     while tries < 4 {
         tries += 1;
@@ -627,7 +629,8 @@ fn claim<F: Family, T: Buckets<F>>(
     let at = way * (F::KEYS + 1) + F::KEYS;
     let old = mine.load(at);
     // Still what was ranked? (A free way may be somebody's fresh entry by now.)
-    if rank(t, old, best as usize & 7) != best || !mine.cas(at, old, control | RESERVED) {
+    let same = if best < 8 { old == 0 } else { rank(t, old, best as usize & 7) == best };
+    if !same || !mine.cas(at, old, control | RESERVED) {
         return false;
     }
     if old != 0 {

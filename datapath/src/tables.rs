@@ -3,7 +3,7 @@
 use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Service, ServiceKey};
 use crate::conn::Conns;
 use crate::ct::{V4, V6};
-use crate::packet::Ip;
+use crate::packet::{Flow, Ip};
 
 /// A scheduler's word in `abi::ServiceState`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,14 @@ pub trait Tables {
     fn overloaded(&self, dest: u32) -> bool;
     /// In its service's list, with a weight, and not overloaded (for hash schedulers, whose tables know no weights).
     fn available(&self, dest: u32) -> bool;
+
+    /// Keep what was parsed of a packet for its further stages. Callers that have no place for it parse it again.
+    #[inline(always)]
+    fn keep<I: Ip>(&self, _flow: &Flow<I>) {}
+    #[inline(always)]
+    fn kept<I: Ip>(&self) -> Option<Flow<I>> {
+        None
+    }
 
     fn count_connection(&self, dest: u32);
     fn count_in(&self, dest: u32, bytes: u32);

@@ -34,11 +34,13 @@ pub enum Stage {
     /// Answer the client with an ICMP error.
     TimeExceeded = 7,
     PortUnreachable = 8,
-    /// To the dest that the number says, of a connection that has been seen to: its first packet, and all that need more than a
-    /// rewrite (the next hop is not ready, the server is this host, the TTL is used up).
+    /// To the dest that the number says: the first packet of a connection.
     Forward = 9,
     /// The first packet of a connection whose entries are made, to its dest; the number is `conn::Place`.
     Linked = 10,
+    /// To the dest that the number says, of a connection that has been seen to and needs more than a rewrite (the next hop is not
+    /// ready, the server is this host, the TTL is used up).
+    Anew = 11,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`.
@@ -96,7 +98,8 @@ impl Verdict {
             7 => Stage::TimeExceeded,
             8 => Stage::PortUnreachable,
             9 => Stage::Forward,
-            _ => Stage::Linked,
+            10 => Stage::Linked,
+            _ => Stage::Anew,
         };
         Some((stage, (self.0 >> 32) as u32))
     }

@@ -13,11 +13,12 @@ mod maps;
 mod stages;
 mod timer;
 mod words;
+mod xdp;
 
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_PASS, XDP_TX};
 use aya_ebpf::btf_maps::{Array, LruHashMap};
 use aya_ebpf::helpers::bpf_loop;
-use aya_ebpf::macros::{btf_map, xdp};
+use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
 use rvs_datapath::ct::{V4, V6};
@@ -168,7 +169,7 @@ fn key6(ctx: &XdpContext) -> Option<[u64; 5]> {
 }
 
 /// Does nothing: what the kernel's harness costs.
-#[xdp]
+#[aya_ebpf::macros::xdp]
 pub fn bench_nop(_: XdpContext) -> u32 {
     XDP_PASS
 }
@@ -176,20 +177,20 @@ pub fn bench_nop(_: XdpContext) -> u32 {
 macro_rules! programs {
     ($ip:ty, $key:ident, $lru:ident, $map:ty, $sweep:path,
      $base:ident, $run:ident, $fill:ident, $get:ident, $put:ident, $sweep_all:ident) => {
-        #[xdp]
+        #[aya_ebpf::macros::xdp]
         pub fn $base(ctx: XdpContext) -> u32 {
             with_flow::<$ip>(&ctx, Words::next, || XDP_TX)
         }
-        #[xdp]
+        #[aya_ebpf::macros::xdp]
         pub fn $run(ctx: XdpContext) -> u32 {
-            with_flow::<$ip>(&ctx, Words::next, || stages::run(&ctx))
+            with_flow::<$ip>(&ctx, Words::next, || xdp::run(&ctx))
         }
-        #[xdp]
+        #[aya_ebpf::macros::xdp]
         pub fn $fill(ctx: XdpContext) -> u32 {
-            with_flow::<$ip>(&ctx, Words::fill, || stages::run(&ctx))
+            with_flow::<$ip>(&ctx, Words::fill, || xdp::run(&ctx))
         }
         /// XDP_TX if it is there.
-        #[xdp]
+        #[aya_ebpf::macros::xdp]
         pub fn $get(ctx: XdpContext) -> u32 {
             with_flow::<$ip>(&ctx, Words::next, || {
                 let Some(key) = $key(&ctx) else { return XDP_ABORTED };
@@ -199,7 +200,7 @@ macro_rules! programs {
             })
         }
         /// XDP_TX if it is in.
-        #[xdp]
+        #[aya_ebpf::macros::xdp]
         pub fn $put(ctx: XdpContext) -> u32 {
             with_flow::<$ip>(&ctx, Words::next, || {
                 let Some(key) = $key(&ctx) else { return XDP_ABORTED };
@@ -207,12 +208,12 @@ macro_rules! programs {
             })
         }
         /// A whole sweep. XDP_TX if it came to its end.
-        #[xdp]
+        #[aya_ebpf::macros::xdp]
         pub fn $sweep_all(_: XdpContext) -> u32 {
-            let (buckets, mut from) = (<$map>::mask() + 1, 0u32);
+            let (rounds, mut from) = ((<$map>::mask() + 1) / timer::STEP, 0u32);
             // SAFETY: the callback gets back the pointer given here.
-            let done = unsafe { bpf_loop(buckets, $sweep as *mut c_void, &raw mut from as *mut c_void, 0) };
-            if done == buckets as i64 { XDP_TX } else { XDP_PASS }
+            let done = unsafe { bpf_loop(rounds, $sweep as *mut c_void, &raw mut from as *mut c_void, 0) };
+            if done == rounds as i64 { XDP_TX } else { XDP_PASS }
         }
     };
 }

@@ -2,11 +2,12 @@
 //! and results too big for registers go through per-CPU scratch memory (programs of one CPU never overlap: they run with
 //! bottom halves off).
 
-use aya_ebpf::btf_maps::PerCpuArray;
-use aya_ebpf::macros::btf_map;
+use rvs_datapath::abi::SCRATCH_WORDS;
 use rvs_datapath::conn;
 use rvs_datapath::ct::{self, Cost, Entry, Family, Key, Outcome, Slot, V4, V6};
+use rvs_datapath::packet::{Flow, Ip};
 
+use crate::flat::{constant, flat};
 use crate::words::Table;
 
 #[repr(C)]
@@ -15,12 +16,45 @@ pub struct Scratch<F: Family> {
     insert: Key<F::Words>,
     cost: Cost<F::Words>,
     release: Entry<F::Words>,
+    flow: Kept<F::Words>,
 }
 
-#[btf_map]
-static SCRATCH4: PerCpuArray<Scratch<V4>, 1> = PerCpuArray::new();
-#[btf_map]
-static SCRATCH6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
+/// A [`Flow`], in whole words.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Kept<W> {
+    key: Key<W>,
+    /// `len:32 | 0:8 | tcp:8 | flags:8 | ttl:8`
+    rest: u64,
+}
+
+const _: () = assert!(size_of::<Scratch<V4>>() <= 8 * SCRATCH_WORDS);
+const _: () = assert!(size_of::<Scratch<V6>>() <= 8 * SCRATCH_WORDS);
+
+flat! {
+    Scratch4("SCRATCH4"): [u64; SCRATCH_WORDS];
+    Scratch6("SCRATCH6"): [u64; SCRATCH_WORDS];
+}
+
+/// This CPU's memory of a family.
+#[inline(always)]
+fn scratch<I: Ip>() -> *mut Scratch<I> {
+    if I::FAMILY == 4 { Scratch4::mine(0) as *mut _ } else { Scratch6::mine(0) as *mut _ }
+}
+
+/// For the further stages of this packet.
+#[inline(always)]
+pub fn keep<I: Ip>(flow: &Flow<I>) {
+    let rest = (flow.len as u64) << 32 | (flow.tcp as u64) << 16 | (flow.flags as u64) << 8 | flow.ttl as u64;
+    // SAFETY: this CPU's own memory, see above.
+    unsafe { (*scratch::<I>()).flow = Kept { key: flow.key, rest } };
+}
+#[inline(always)]
+pub fn kept<I: Ip>() -> Flow<I> {
+    // SAFETY: as above.
+    let Kept { key, rest } = unsafe { (*scratch::<I>()).flow };
+    Flow { key, tcp: rest >> 16 & 1 != 0, flags: (rest >> 8) as u8, ttl: rest as u8, len: (rest >> 32) as u32 }
+}
 
 /// Which entry is to be released.
 const GIVEN: u32 = 0;
@@ -28,11 +62,11 @@ const LOST: u32 = 1;
 const EVICTED: u32 = 2;
 
 macro_rules! calls {
-    ($family:ty, $scratch:ident, $enter:ident, $release:ident,
+    ($family:ty, $enter:ident, $release:ident,
      $insert_fn:ident, $room_fn:ident, $release_fn:ident, $orphans_fn:ident) => {
         #[inline(always)]
         pub fn $enter(key: &Key<<$family as Family>::Words>, rest: u64, own: Slot) -> Outcome {
-            let Some(s) = $scratch.get_ptr_mut(0) else { return Outcome::FULL };
+            let s = scratch::<$family>();
             // SAFETY: this CPU's own memory, see above.
             unsafe {
                 (*s).insert = *key;
@@ -54,7 +88,7 @@ macro_rules! calls {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $insert_fn(rest: u64, picky: u32) -> u64 {
-            let Some(s) = $scratch.get_ptr_mut(0) else { return 0 };
+            let s = scratch::<$family>();
             let t = Table::<$family>::NEW;
             // SAFETY: as above; nobody else borrows these fields meanwhile.
             unsafe { ct::try_insert::<$family, _>(&t, &(*s).insert, rest, picky != 0, &mut (*s).cost).word() }
@@ -62,7 +96,7 @@ macro_rules! calls {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $room_fn() -> u32 {
-            let Some(s) = $scratch.get_ptr_mut(0) else { return 1 };
+            let s = scratch::<$family>();
             let t = Table::<$family>::NEW;
             // SAFETY: as above.
             unsafe { ct::make_room::<$family, _>(&t, &(*s).insert, &mut (*s).cost) };
@@ -71,7 +105,7 @@ macro_rules! calls {
 
         #[inline(always)]
         pub fn $release(entry: &Entry<<$family as Family>::Words>) {
-            let Some(s) = $scratch.get_ptr_mut(0) else { return };
+            let s = scratch::<$family>();
             // SAFETY: as above.
             unsafe { (*s).release = *entry };
             $release_fn(GIVEN);
@@ -79,7 +113,7 @@ macro_rules! calls {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $release_fn(which: u32) -> u32 {
-            let Some(s) = $scratch.get_ptr_mut(0) else { return 1 };
+            let s = scratch::<$family>();
             let t = Table::<$family>::NEW;
             // SAFETY: as above.
             let entry = unsafe {
@@ -104,5 +138,5 @@ macro_rules! calls {
     };
 }
 
-calls!(V4, SCRATCH4, enter4, release4, conn4_insert, conn4_room, conn4_release, conn4_orphans);
-calls!(V6, SCRATCH6, enter6, release6, conn6_insert, conn6_room, conn6_release, conn6_orphans);
+calls!(V4, enter4, release4, conn4_insert, conn4_room, conn4_release, conn4_orphans);
+calls!(V6, enter6, release6, conn6_insert, conn6_room, conn6_release, conn6_orphans);

@@ -13,15 +13,16 @@ mod stages;
 mod tc;
 mod timer;
 mod words;
+mod xdp;
 
 use aya_ebpf::bindings::xdp_action;
-use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::{TcContext, XdpContext};
 
 /// For native and generic XDP.
-#[xdp]
+#[aya_ebpf::macros::xdp]
 pub fn rvs_xdp(ctx: XdpContext) -> u32 {
-    stages::run(&ctx)
+    xdp::run(&ctx)
 }
 
 /// For tc ingress.
@@ -37,7 +38,7 @@ pub fn rvs_tc_out(ctx: TcContext) -> i32 {
 }
 
 /// For the far end of a veth, which takes redirected frames only if it has a program.
-#[xdp]
+#[aya_ebpf::macros::xdp]
 pub fn rvs_pass(_: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }

@@ -12,10 +12,11 @@ use rvs_datapath::abi::{
     Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState,
 };
 use rvs_datapath::ct::{Family, V4, V6};
-use rvs_datapath::packet::Ip;
+use rvs_datapath::packet::{Flow, Ip};
 use rvs_datapath::tables::{Machine, Route, Tables, Walker};
 use rvs_datapath::verdict::Verdict;
 
+use crate::calls;
 use crate::flat::{constant, flat};
 use crate::words::Table;
 
@@ -104,6 +105,11 @@ impl Maps<false> {
     pub fn of(ctx: &XdpContext, ifindex: u32) -> Maps<false> {
         Maps::new(ctx.as_ptr(), ifindex, true)
     }
+}
+
+impl Maps<false> {
+    /// For stages that look at no packet.
+    pub const NOWHERE: Maps<false> = Maps { ctx: core::ptr::null_mut(), ifindex: 0, sized: false };
 }
 
 impl<const SKB: bool> Maps<SKB> {
@@ -201,6 +207,14 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     fn available(&self, dest: u32) -> bool {
         // The effective weight's being 0 is the control plane's to show here (bit 1), since tables know no weights.
         flags(dest) & 3 == 0
+    }
+    #[inline(always)]
+    fn keep<I: Ip>(&self, flow: &Flow<I>) {
+        calls::keep(flow);
+    }
+    #[inline(always)]
+    fn kept<I: Ip>(&self) -> Option<Flow<I>> {
+        Some(calls::kept())
     }
     #[inline(always)]
     fn count_connection(&self, dest: u32) {

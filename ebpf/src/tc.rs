@@ -9,6 +9,7 @@ use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 
 use crate::maps::{self, Maps, NEXT_HOP};
 use crate::skb::Skb;
+use crate::stages::call;
 
 const IPV4: u32 = 0x0800u16.to_be() as u32;
 const IPV6: u32 = 0x86ddu16.to_be() as u32;
@@ -94,34 +95,12 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
     let iface = maps::iface(packet.ifindex());
     match core::arrive(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
-            Verdict::from_word(match stage {
-                Stage::Whole => tc_whole4(skb),
-                Stage::Retire => tc_retire4(skb),
-                Stage::First => tc_first4(skb),
-                Stage::Enter => tc_enter4(skb, number),
-                Stage::Link => tc_link4(skb, number),
-                Stage::MakeWay => tc_make_way4(skb, number),
-                Stage::GiveUp => tc_give_up4(skb, number),
-                Stage::TimeExceeded => tc_time_exceeded4(skb),
-                Stage::PortUnreachable => tc_port_unreachable4(skb),
-                Stage::Forward => tc_forward4(skb, number),
-                Stage::Linked => tc_linked4(skb, number),
-            })
+            call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 make_way4 give_up4],
+                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_time_exceeded4 tc_port_unreachable4])
         }),
         Ok(_) => core::stages(|stage, number| {
-            Verdict::from_word(match stage {
-                Stage::Whole => tc_whole6(skb),
-                Stage::Retire => tc_retire6(skb),
-                Stage::First => tc_first6(skb),
-                Stage::Enter => tc_enter6(skb, number),
-                Stage::Link => tc_link6(skb, number),
-                Stage::MakeWay => tc_make_way6(skb, number),
-                Stage::GiveUp => tc_give_up6(skb, number),
-                Stage::TimeExceeded => tc_time_exceeded6(skb),
-                Stage::PortUnreachable => tc_port_unreachable6(skb),
-                Stage::Forward => tc_forward6(skb, number),
-                Stage::Linked => tc_linked6(skb, number),
-            })
+            call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 make_way6 give_up6],
+                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_time_exceeded6 tc_port_unreachable6])
         }),
         Err(verdict) => verdict,
     }
@@ -146,24 +125,16 @@ stages! {
     tc_whole6() V6, Whole;
     tc_retire4() V4, Retire;
     tc_retire6() V6, Retire;
-    tc_first4() V4, First;
-    tc_first6() V6, First;
-    tc_enter4(dest) V4, Enter;
-    tc_enter6(dest) V6, Enter;
-    tc_link4(place) V4, Link;
-    tc_link6(place) V6, Link;
-    tc_make_way4(place) V4, MakeWay;
-    tc_make_way6(place) V6, MakeWay;
-    tc_give_up4(place) V4, GiveUp;
-    tc_give_up6(place) V6, GiveUp;
+    tc_forward4(dest) V4, Forward;
+    tc_forward6(dest) V6, Forward;
+    tc_linked4(place) V4, Linked;
+    tc_linked6(place) V6, Linked;
+    tc_anew4(dest) V4, Anew;
+    tc_anew6(dest) V6, Anew;
     tc_time_exceeded4() V4, TimeExceeded;
     tc_time_exceeded6() V6, TimeExceeded;
     tc_port_unreachable4() V4, PortUnreachable;
-    tc_forward4(dest) V4, Forward;
-    tc_linked4(place) V4, Linked;
     tc_port_unreachable6() V6, PortUnreachable;
-    tc_forward6(dest) V6, Forward;
-    tc_linked6(place) V6, Linked;
 }
 
 macro_rules! leave {

@@ -41,10 +41,10 @@ unsafe extern "C" fn on_timer(_map: *mut c_void, _key: *mut u32, value: *mut Tim
     let (from4, count4, from6, count6) = tick();
     let mut from = from4;
     // SAFETY: the callbacks get back the pointer given here.
-    unsafe { bpf_loop(count4, sweep4 as *mut c_void, &raw mut from as *mut c_void, 0) };
+    unsafe { bpf_loop(count4.div_ceil(STEP), sweep4 as *mut c_void, &raw mut from as *mut c_void, 0) };
     from = from6;
     // SAFETY: as above.
-    unsafe { bpf_loop(count6, sweep6 as *mut c_void, &raw mut from as *mut c_void, 0) };
+    unsafe { bpf_loop(count6.div_ceil(STEP), sweep6 as *mut c_void, &raw mut from as *mut c_void, 0) };
     // SAFETY: the timer whose callback this is.
     unsafe { bpf_timer_start(&raw mut (*value).timer, TICK_NS, 0) };
     0
@@ -86,24 +86,28 @@ fn sweep_number() -> u32 {
     unsafe { (&raw const (*maps::clock()).ticks).read_volatile() / SWEEP_TICKS }
 }
 
-/// One bucket, as a callback of bpf_loop.
-pub unsafe extern "C" fn sweep4(i: u32, from: *mut u32) -> i64 {
-    // SAFETY: what on_timer passed.
-    let bucket = unsafe { *from }.wrapping_add(i);
-    conn::sweep(&Table::<V4>::NEW, bucket, |entry| calls::release4(&entry));
-    if conn::orphans_due(bucket, sweep_number()) {
-        calls::conn4_orphans(bucket);
-    }
-    0
-}
+/// Buckets of a round of bpf_loop: its own cost is that of a bucket with nothing in it.
+pub const STEP: u32 = 8;
 
-/// The same for IPv6.
-pub unsafe extern "C" fn sweep6(i: u32, from: *mut u32) -> i64 {
-    // SAFETY: what on_timer passed.
-    let bucket = unsafe { *from }.wrapping_add(i);
-    conn::sweep(&Table::<V6>::NEW, bucket, |entry| calls::release6(&entry));
-    if conn::orphans_due(bucket, sweep_number()) {
-        calls::conn6_orphans(bucket);
-    }
-    0
+macro_rules! sweep {
+    ($name:ident, $family:ty, $release:path, $orphans:path) => {
+        /// A round, from the bucket on that it is given.
+        pub unsafe extern "C" fn $name(i: u32, from: *mut u32) -> i64 {
+            // SAFETY: what the caller passed.
+            let first = unsafe { *from }.wrapping_add(i * STEP);
+            let sweep = sweep_number();
+            let mut at = 0;
+            while at < STEP {
+                let bucket = first.wrapping_add(at);
+                conn::sweep(&Table::<$family>::NEW, bucket, |entry| $release(&entry));
+                if conn::orphans_due(bucket, sweep) {
+                    $orphans(bucket);
+                }
+                at += 1;
+            }
+            0
+        }
+    };
 }
+sweep!(sweep4, V4, calls::release4, calls::conn4_orphans);
+sweep!(sweep6, V6, calls::release6, calls::conn6_orphans);

@@ -318,7 +318,7 @@ fn words<T>() -> usize {
     size_of::<T>().div_ceil(8)
 }
 
-fn shapes(s: &Sizes) -> Result<[Shape; 16]> {
+fn shapes(s: &Sizes) -> Result<[Shape; 18]> {
     let (services, dests) = (s.services.next_power_of_two(), s.dests.next_power_of_two());
     Ok([
         (map::CONN4, V4::WORDS, Sizes::buckets::<V4>(s.flows4)?, false),
@@ -336,6 +336,8 @@ fn shapes(s: &Sizes) -> Result<[Shape; 16]> {
         (map::HOPS, words::<Hop>(), s.hops.next_power_of_two(), false),
         (map::REPLY_HOPS, words::<Hop>(), abi::REPLY_HOPS_MAX, false),
         (map::VERDICTS, words::<u64>(), COUNTERS as u32, true),
+        (map::SCRATCH4, abi::SCRATCH_WORDS, 1, true),
+        (map::SCRATCH6, abi::SCRATCH_WORDS, 1, true),
         (map::CONFIG, words::<Config>(), 1, false),
     ])
 }
@@ -470,7 +472,7 @@ fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Fl
 /// The maps that are not flat.
 const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
 
-const ALL: [&str; 18] = [
+const ALL: [&str; 20] = [
     // The first: without its pin nobody takes the others for whole.
     map::CONFIG,
     map::CONN4,
@@ -490,6 +492,8 @@ const ALL: [&str; 18] = [
     map::HOPS,
     map::REPLY_HOPS,
     map::VERDICTS,
+    map::SCRATCH4,
+    map::SCRATCH6,
 ];
 
 impl Maps {

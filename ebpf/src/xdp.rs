@@ -1,0 +1,83 @@
+//! The pipeline for XDP, native and generic.
+
+use aya_ebpf::bindings::{xdp_action, xdp_md};
+use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::programs::XdpContext;
+use rvs_datapath::abi::iface::REDIRECT_BACK;
+use rvs_datapath::core;
+use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::packet::Packet;
+use rvs_datapath::verdict::{Action, Stage, Verdict};
+
+use crate::ctx::Xdp;
+use crate::maps::{self, Maps};
+use crate::stages::call;
+
+/// The whole of an XDP program.
+#[inline(always)]
+pub fn run(ctx: &XdpContext) -> u32 {
+    let mut packet = Xdp::new(ctx);
+    let ifindex = packet.ifindex();
+    let iface = maps::iface(ifindex);
+    let verdict = process(ctx, ifindex, core::arrive(&mut packet, iface));
+    maps::count_verdict(verdict);
+    match verdict.action() {
+        // SAFETY: a helper without memory arguments.
+        Action::Out(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
+        Action::Back if iface.flags & REDIRECT_BACK != 0 => {
+            // SAFETY: as above.
+            unsafe { bpf_redirect(ifindex, 0) as u32 }
+        }
+        Action::Back => xdp_action::XDP_TX,
+        Action::Up => xdp_action::XDP_PASS,
+        Action::Drop => xdp_action::XDP_DROP,
+    }
+}
+
+/// All of it, for a packet of this family.
+#[inline(always)]
+fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdict {
+    let ctx = ctx.ctx;
+    match family {
+        Ok(4) => core::stages(|stage, number| {
+            call!(stage, number, ctx, whole4(ctx, ifindex), [first4 enter4 link4 make_way4 give_up4],
+                [retire4 forward4 linked4 anew4 time_exceeded4 port_unreachable4])
+        }),
+        Ok(_) => core::stages(|stage, number| {
+            call!(stage, number, ctx, whole6(ctx, ifindex), [first6 enter6 link6 make_way6 give_up6],
+                [retire6 forward6 linked6 anew6 time_exceeded6 port_unreachable6])
+        }),
+        Err(verdict) => verdict,
+    }
+}
+
+macro_rules! stages {
+    ($($name:ident($($number:ident)?) $family:ty, $stage:ident;)*) => { $(
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(ctx: *mut xdp_md $(, $number: u32)?) -> u64 {
+            let ctx = XdpContext::new(ctx);
+            let number = 0 $(+ $number)?;
+            // The first stage, which needs no number, is told the interface.
+            let mut packet = if matches!(Stage::$stage, Stage::Whole) { Xdp::by(&ctx, number) } else { Xdp::new(&ctx) };
+            let maps = Maps::of(&ctx, packet.ifindex());
+            core::run::<$family, _, _>(&mut packet, &maps, Stage::$stage, number).word()
+        }
+    )* };
+}
+stages! {
+    whole4(ifindex) V4, Whole;
+    whole6(ifindex) V6, Whole;
+    retire4() V4, Retire;
+    retire6() V6, Retire;
+    forward4(dest) V4, Forward;
+    forward6(dest) V6, Forward;
+    linked4(place) V4, Linked;
+    linked6(place) V6, Linked;
+    anew4(dest) V4, Anew;
+    anew6(dest) V6, Anew;
+    time_exceeded4() V4, TimeExceeded;
+    time_exceeded6() V6, TimeExceeded;
+    port_unreachable4() V4, PortUnreachable;
+    port_unreachable6() V6, PortUnreachable;
+}
