@@ -29,8 +29,6 @@
 //! Whoever wins the compare-and-swap that frees, evicts or changes an entry moves its dest's ActiveConn and InActConn.
 //! A new entry is counted before it can be seen, so no counter is ever taken below zero.
 
-use core::hint::cold_path;
-
 use crate::ct::{self, Buckets, Cost, Entry, Family, Found, Hit, Key, LINKED, Look, Outcome, REVERSE, Rank, Slot};
 
 pub const DEST_SHIFT: u32 = 19;
@@ -605,6 +603,10 @@ impl Stamps {
 /// One of [`Stamps`].
 #[inline(always)]
 pub fn stamp_of(policy: &Policy, now_s: u32, of: usize) -> u32 {
+    // Protocol 0 is that of a free way.
+    if of < 16 {
+        return (AGE_MASK as u32) << STAMP_LIMIT_SHIFT;
+    }
     let epoch = policy.epoch & 1;
     let row = policy.rows[epoch as usize][of & 63];
     let age = now_s >> row.shift() & AGE_MASK as u32;
@@ -616,11 +618,14 @@ pub fn stamp_of(policy: &Policy, now_s: u32, of: usize) -> u32 {
 
 const STAMP_LIMIT_SHIFT: u32 = 18;
 
-/// Is a forward entry whose age is of the current epoch expired? As [`expired`] says; `stamp` is that of its protocol and state.
+/// Not 0 if the sweep has to look at this word: a forward entry that is expired (as [`expired`] says) or has its age of the other epoch.
+/// Or one that is being entered, perhaps. No branch.
 #[inline(always)]
-fn expired_by(stamp: u64, control: u64) -> bool {
+fn due<F: Addressing, C: Conns<F> + ?Sized>(c: &C, control: u64) -> u64 {
+    let stamp = c.stamp(ct::proto(control), ct::state(control));
     let ahead = (stamp >> AGE_SHIFT).wrapping_sub(control >> AGE_SHIFT).wrapping_add(7) & AGE_MASK;
-    ahead > (stamp >> STAMP_LIMIT_SHIFT) + 7
+    let expired = ((stamp >> STAMP_LIMIT_SHIFT) + 7).wrapping_sub(ahead) >> 63;
+    (expired | (stamp ^ control) >> EPOCH_SHIFT) & !(control >> REVERSE.trailing_zeros()) & 1
 }
 
 /// Would [`touch`] leave a forward entry as it is, and is it not expired? True of nearly every packet of a busy flow.
@@ -722,19 +727,18 @@ pub fn sweep<F: Addressing, C: Conns<F> + ?Sized>(c: &C, bucket: u32, freed: imp
     ct::sweep::<F, _>(
         c.table(),
         bucket,
+        |control| due(c, control),
         |control| {
             if control & REVERSE != 0 {
                 return Look::Keep;
             }
-            let stamp = c.stamp(ct::proto(control), ct::state(control));
-            if (stamp ^ control) & EPOCH == 0 {
-                return if expired_by(stamp, control) { Look::Free } else { Look::Keep };
-            }
-            cold_path();
             let row = p.row(control);
             let idle = idle(row, control, now_s);
             if idle > row.limit() {
                 return Look::Free;
+            }
+            if (control & EPOCH) >> EPOCH_SHIFT == (p.epoch & 1) as u64 {
+                return Look::Keep;
             }
             let new = p.current(control, ct::state(control));
             let age = (now_s.saturating_sub(idle_s(row, idle)) >> new.shift()) as u64 & AGE_MASK;
@@ -753,7 +757,7 @@ pub fn orphan<F: Addressing, C: Conns<F> + ?Sized>(c: &C, entry: &Entry<F::Words
 }
 
 /// Full sweeps between two looks for orphans in a bucket: each reverse entry costs a look at its forward one, in memory far away.
-const ORPHAN_SWEEPS: u32 = 32;
+const ORPHAN_SWEEPS: u32 = 256;
 
 /// Is it this bucket's turn to be looked through for orphans?
 #[inline(always)]

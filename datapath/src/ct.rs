@@ -114,8 +114,35 @@ pub type Rank = u64;
 pub const EVICTABLE: Rank = 6 << RANK_CLASS;
 /// Shift of a rank's class (0: expired, 1: first to go, ... 7: being entered).
 pub const RANK_CLASS: u32 = 16;
-/// Ranks of this class and above are moved rather than evicted.
-pub const WORTH_A_MOVE: Rank = 2 << RANK_CLASS;
+/// Ranks of this class and above are moved rather than evicted, always ...
+const WORTH_A_MOVE: Rank = 2 << RANK_CLASS;
+/// ... and from here on (all but expired flows) for as long as moves succeed.
+const NOT_EXPIRED: Rank = 1 << RANK_CLASS;
+
+/// Whether a move is tried before somebody half-open is evicted. In a table with room it nearly always succeeds, and nobody need go;
+/// in a flood that has filled the table it costs much and never does.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Patience(u32);
+
+impl Patience {
+    /// Inserts without a try after one that failed.
+    const REST: u32 = 31;
+    /// From which rank on the next insert is to be told [`Outcome::CROWDED`].
+    #[inline(always)]
+    pub fn spare(&mut self) -> Rank {
+        if self.0 == 0 {
+            return NOT_EXPIRED;
+        }
+        self.0 -= 1;
+        WORTH_A_MOVE
+    }
+    #[inline(always)]
+    pub fn learn(&mut self, moved: bool) {
+        if !moved {
+            self.0 = Patience::REST;
+        }
+    }
+}
 
 pub const MIN_BUCKETS: u32 = 1 << QUOTIENT_BITS;
 /// Bits of the source port that are in the bucket number instead of the entry.
@@ -538,29 +565,29 @@ fn rival<F: Family, B: Bucket>(b: &B, way: usize, lower: bool, words: &F::Words,
 /// (Is the key there all the same, by a race, this says so and enters nothing, but may have evicted somebody for nothing.)
 #[inline(always)]
 pub fn insert<F: Family, T: Buckets<F>>(t: &T, key: &Key<F::Words>, rest: u64, cost: &mut Cost<F::Words>) -> Outcome {
-    let done = try_insert::<F, T>(t, key, rest, true, cost);
+    let done = try_insert::<F, T>(t, key, rest, NOT_EXPIRED, cost);
     if done != Outcome::CROWDED {
         return done;
     }
     make_room::<F, T>(t, key, cost);
-    try_insert::<F, T>(t, key, rest, false, cost)
+    try_insert::<F, T>(t, key, rest, EVICTABLE, cost)
 }
 
 /// Move one flow out of the key's buckets, if one can be moved. At half load this meets one new flow in some hundreds, and nearly
 /// always works.
 #[inline(always)]
-pub fn make_room<F: Family, T: Buckets<F>>(t: &T, key: &Key<F::Words>, cost: &mut Cost<F::Words>) {
+pub fn make_room<F: Family, T: Buckets<F>>(t: &T, key: &Key<F::Words>, cost: &mut Cost<F::Words>) -> bool {
     let homes = homes::<F>(key, t.seed());
-    let _ = move_one::<F, T>(t, homes.home, &mut cost.lost) || move_one::<F, T>(t, homes.other, &mut cost.lost);
+    move_one::<F, T>(t, homes.home, &mut cost.lost) || move_one::<F, T>(t, homes.other, &mut cost.lost)
 }
 
-/// `picky`: rather than evict anything but a half-open flow, say [`Outcome::CROWDED`].
+/// Rather than evict what has the rank `spare` or more, say [`Outcome::CROWDED`].
 #[inline(always)]
 pub fn try_insert<F: Family, T: Buckets<F>>(
     t: &T,
     key: &Key<F::Words>,
     rest: u64,
-    picky: bool,
+    spare: Rank,
     cost: &mut Cost<F::Words>,
 ) -> Outcome {
     let homes = homes::<F>(key, t.seed());
@@ -578,7 +605,7 @@ pub fn try_insert<F: Family, T: Buckets<F>>(
         if best >= 8 {
             best = victim::<F, T>(t, &b, F::WAYS, best);
         }
-        if best >= WORTH_A_MOVE && picky {
+        if best >= spare && spare < EVICTABLE {
             return Outcome::CROWDED;
         }
         if best >= EVICTABLE || (best >= 8 && cost.evicted.control != 0) {
@@ -729,17 +756,28 @@ fn relocate<F: Family, B: Bucket>(from: &B, way: usize, to: &B, free: usize, ent
     true
 }
 
-/// One bucket of the walk that frees what has expired. `look` gets each live entry and says what to do with it;
-/// `freed` gets those that went by it.
+/// One bucket of the walk that frees what has expired. Only if `due` is not 0 for a control word (whatever it is), `look` gets each
+/// live entry and says what to do with it; `freed` gets those that went by it.
 #[inline(always)]
 pub fn sweep<F: Family, T: Buckets<F>>(
     t: &T,
     number: u32,
+    due: impl Fn(u64) -> u64,
     look: impl Fn(u64) -> Look,
     mut freed: impl FnMut(Entry<F::Words>),
 ) {
     let b = t.bucket(number);
-    let mut way = 0;
+    // One branch for a bucket: what lies in its ways is nothing that a processor could guess.
+    let (mut any, mut way) = (0, 0);
+    while way < F::WAYS {
+        any |= due(b.load(way * (F::KEYS + 1) + F::KEYS));
+        way += 1;
+    }
+    if any == 0 {
+        return;
+    }
+    cold_path();
+    way = 0;
     while way < F::WAYS {
         let at = way * (F::KEYS + 1) + F::KEYS;
         let control = b.load(at);

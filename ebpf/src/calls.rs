@@ -4,7 +4,7 @@
 
 use rvs_datapath::abi::SCRATCH_WORDS;
 use rvs_datapath::conn;
-use rvs_datapath::ct::{self, Cost, Entry, Family, Key, Outcome, Slot, V4, V6};
+use rvs_datapath::ct::{self, Cost, EVICTABLE, Entry, Family, Key, Outcome, Patience, Rank, Slot, V4, V6};
 use rvs_datapath::packet::{Flow, Ip};
 
 use crate::flat::{constant, flat};
@@ -17,6 +17,8 @@ pub struct Scratch<F: Family> {
     cost: Cost<F::Words>,
     release: Entry<F::Words>,
     flow: Kept<F::Words>,
+    /// The only one that outlives a packet.
+    patience: Patience,
 }
 
 /// A [`Flow`], in whole words.
@@ -71,10 +73,10 @@ macro_rules! calls {
             unsafe {
                 (*s).insert = *key;
                 (*s).cost = Cost::default();
-                let mut outcome = Outcome::from_word($insert_fn(rest, 1));
+                let mut outcome = Outcome::from_word($insert_fn(rest, (*s).patience.spare() as u32));
                 if outcome == Outcome::CROWDED {
-                    $room_fn();
-                    outcome = Outcome::from_word($insert_fn(rest, 0));
+                    (*s).patience.learn($room_fn() == 0);
+                    outcome = Outcome::from_word($insert_fn(rest, EVICTABLE as u32));
                 }
                 if (*s).cost.lost.control != 0 {
                     $release_fn(LOST);
@@ -87,11 +89,11 @@ macro_rules! calls {
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $insert_fn(rest: u64, picky: u32) -> u64 {
+        pub extern "C" fn $insert_fn(rest: u64, spare: u32) -> u64 {
             let s = scratch::<$family>();
             let t = Table::<$family>::NEW;
             // SAFETY: as above; nobody else borrows these fields meanwhile.
-            unsafe { ct::try_insert::<$family, _>(&t, &(*s).insert, rest, picky != 0, &mut (*s).cost).word() }
+            unsafe { ct::try_insert::<$family, _>(&t, &(*s).insert, rest, spare as Rank, &mut (*s).cost).word() }
         }
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -99,8 +101,7 @@ macro_rules! calls {
             let s = scratch::<$family>();
             let t = Table::<$family>::NEW;
             // SAFETY: as above.
-            unsafe { ct::make_room::<$family, _>(&t, &(*s).insert, &mut (*s).cost) };
-            0
+            unsafe { !ct::make_room::<$family, _>(&t, &(*s).insert, &mut (*s).cost) as u32 }
         }
 
         #[inline(always)]

@@ -34,7 +34,7 @@ macro_rules! plain {
         unsafe impl Plain for $t {}
     )* };
 }
-plain!(u32, u64, [u64; 32], Config, Clock, CpuStats, Iface, ServiceKey, Hop);
+plain!(u32, u64, [u64; 32], [u64; abi::SCRATCH_WORDS], Config, Clock, CpuStats, Iface, ServiceKey, Hop);
 plain!(abi::Service, abi::ServiceState, abi::ListEntry, abi::Dest, abi::DestInfo, abi::DestState, abi::Stats);
 
 #[repr(transparent)]
@@ -213,6 +213,7 @@ pub struct Maps {
     pub hops: Table<Hop>,
     pub reply_hops: Table<Hop>,
     pub verdicts: PerCpu<u64>,
+    scratch: [PerCpu<[u64; abi::SCRATCH_WORDS]>; 2],
     pub conns4: ConnTable<V4>,
     pub conns6: ConnTable<V6>,
 }
@@ -392,7 +393,7 @@ impl Flat {
             let size = data.info().map_err(failed(format!("map {name}")))?.value_size() as usize;
             let one = words * 8 * if per_cpu { cpu_parts()? as usize } else { 1 };
             let len = (size / one) as u32;
-            if size % one != 0 || !len.is_power_of_two() {
+            if !size.is_multiple_of(one) || !len.is_power_of_two() {
                 return Err(other(format!("map {name} of {size} bytes")));
             }
             let fd = data.fd().as_fd().try_clone_to_owned().map_err(failed(format!("map {name}")))?;
@@ -517,10 +518,20 @@ impl Maps {
             hops: flat.table(map::HOPS)?,
             reply_hops: flat.table(map::REPLY_HOPS)?,
             verdicts: flat.per_cpu(map::VERDICTS)?,
+            scratch: [flat.per_cpu(map::SCRATCH4)?, flat.per_cpu(map::SCRATCH6)?],
             conns4: flat.conns(map::CONN4, c)?,
             conns6: flat.conns(map::CONN6, c)?,
             config,
         })
+    }
+    /// Nothing of what programs keep from one packet to the next: for tests that begin anew.
+    pub fn forget(&self) -> Result<()> {
+        for part in &self.scratch {
+            for cpu in 0..part.cpus {
+                part.all.set(cpu, [0; abi::SCRATCH_WORDS])?;
+            }
+        }
+        Ok(())
     }
     /// Packets of each reason so far, all CPUs together, by `Reason as usize`.
     pub fn verdicts(&self) -> Result<[u64; COUNTERS]> {

@@ -192,6 +192,7 @@ impl Engine for Kernel {
         for i in 0..SIZES.services {
             maps.service_state.set(i, ServiceState::default()).expect("clear");
         }
+        maps.forget().expect("clear");
         // The limit of ICMP errors starts anew, too.
         maps.clock
             .set(0, Clock::at(START_S, &maps.config.get(0).expect("the configuration").policy))
