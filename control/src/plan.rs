@@ -613,6 +613,11 @@ impl Planner {
         self.by_address.keys().copied()
     }
 
+    /// Is no way to this address known yet?
+    pub fn lacks_way(&self, address: IpAddr) -> bool {
+        !self.ways.contains_key(&address) && !self.locals.contains(&address)
+    }
+
     /// The ways there are now, to all addresses; an address without one is reached through the kernel's tables, packet by packet.
     /// If there is no room for all hops, some stay without.
     pub fn ways(&mut self, ways: BTreeMap<IpAddr, Way>, now_ms: u64) -> Step {

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use rvs_control::api::{self, Code, Refusal};
 use rvs_control::capability::Capabilities;
-use rvs_control::model::{Command, Env, Model};
+use rvs_control::model::{Change, Command, Env, FwdMethod, Model};
 use rvs_control::net::Link;
 use rvs_control::plan::{Capacity, GRACE_MS, PlanError, Planner, RestoreError, Step, Way};
+use rvs_sys::bpf::attach::Hook;
 use rvs_sys::bpf::{BpfError, Dataplane};
+use tokio::sync::watch;
 
 use crate::rates::Estimator;
 
@@ -45,6 +47,10 @@ pub struct Director {
     started: Instant,
     pub warnings: BTreeSet<String>,
     pub interfaces: BTreeMap<String, String>,
+    /// Real servers that commands have added, and that the data plane can't reach before their way is known.
+    unready: BTreeSet<IpAddr>,
+    /// Sent to after each look at the network.
+    pub looked: watch::Sender<()>,
 }
 
 /// No connection names it during two full sweeps, and some.
@@ -73,6 +79,8 @@ impl Director {
             started: Instant::now(),
             warnings: BTreeSet::new(),
             interfaces: BTreeMap::new(),
+            unready: BTreeSet::new(),
+            looked: watch::Sender::new(()),
         })
     }
 
@@ -105,11 +113,29 @@ impl Director {
             return Err(Refusal::new(Code::Failed, shown(&error)));
         }
         tracing::debug!(?command, "done");
+        self.note_unready(&change);
         Ok(())
     }
 
+    /// XDP has nowhere to leave a packet until its next hop is resolved: it would drop what comes for a new server meanwhile. (With NAT
+    /// the kernel can do it, under tc it does.)
+    fn note_unready(&mut self, change: &Change) {
+        let Change::DestAdded { service, dest } = change else { return };
+        let direct =
+            self.model.service(service).and_then(|s| s.dest(dest)).is_some_and(|d| d.method != FwdMethod::Masq);
+        let xdp = self.interfaces.values().any(|hook| hook != Hook::Tc.name());
+        if direct && xdp && self.planner.lacks_way(dest.addr) {
+            self.unready.insert(dest.addr);
+        }
+    }
+
+    /// Those that commands have added since this was asked last.
+    pub fn take_unready(&mut self) -> BTreeSet<IpAddr> {
+        std::mem::take(&mut self.unready)
+    }
+
     /// What was retired a moment ago is free again after the grace period: when there is no room, wait for it once.
-    fn plan(&mut self, change: &rvs_control::model::Change) -> Result<Step, PlanError> {
+    fn plan(&mut self, change: &Change) -> Result<Step, PlanError> {
         self.planner.tick(self.now_ms());
         match self.planner.change(&self.model, change, self.now_ms()) {
             Err(PlanError::Full { .. }) => {

@@ -20,6 +20,8 @@ use crate::options::{Interface, Mode};
 
 /// Changes that come together are looked at together.
 const SETTLE: Duration = Duration::from_millis(20);
+/// ... when a command waits for them.
+const SETTLE_AWAITED: Duration = Duration::from_millis(1);
 /// Everything is read anew this often even if netlink says nothing (neighbours that only probing keeps).
 const REFRESH: Duration = Duration::from_secs(30);
 
@@ -107,7 +109,8 @@ impl Network {
                     () = tokio::time::sleep(REFRESH) => stale.routes = true,
                 }
                 // More of the same is likely on its way.
-                let settle = tokio::time::sleep(SETTLE);
+                let awaited = self.director.borrow().looked.receiver_count() > 0;
+                let settle = tokio::time::sleep(if awaited { SETTLE_AWAITED } else { SETTLE });
                 tokio::pin!(settle);
                 loop {
                     tokio::select! {
@@ -153,6 +156,7 @@ impl Network {
         let ways = self.ways(&links, &neighbours, &fdb);
         self.director.borrow_mut().ways(ways).map_err(|e| shown(&e))?;
         self.replies_of_local_servers();
+        self.director.borrow().looked.send_replace(());
         Ok(())
     }
 

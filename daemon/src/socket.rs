@@ -2,7 +2,9 @@
 //! holds up nobody.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::rc::Rc;
@@ -57,8 +59,13 @@ pub async fn serve(listener: UnixListener, director: Rc<RefCell<Director>>, chan
     }
 }
 
+/// A command that adds a real server is answered when the way to it is known: who then sends a request finds it reachable. This long at
+/// most, for all commands of a client together, since the server may be down.
+const WAY_TIME: Duration = Duration::from_millis(250);
+
 async fn client(mut stream: UnixStream, director: &RefCell<Director>, changed: &tokio::sync::Notify) -> io::Result<()> {
     let mut decoder = LineDecoder::for_requests();
+    let mut patience = WAY_TIME;
     let mut buffer = vec![0; 16 * 1024];
     loop {
         let n = stream.read(&mut buffer).await?;
@@ -91,12 +98,29 @@ async fn client(mut stream: UnixStream, director: &RefCell<Director>, changed: &
                 },
             }
         }
-        send(&mut stream, &mut out).await?;
         if asked {
             changed.notify_one();
         }
+        let unready = director.borrow_mut().take_unready();
+        if !unready.is_empty() && !patience.is_zero() {
+            let begun = tokio::time::Instant::now();
+            let _ = tokio::time::timeout(patience, ready(director, unready)).await;
+            patience = patience.saturating_sub(begun.elapsed());
+        }
+        send(&mut stream, &mut out).await?;
         if let Err(error) = fed {
             return refuse(&mut stream, Vec::new(), &error).await;
+        }
+    }
+}
+
+/// Until there is a way to each of them.
+async fn ready(director: &RefCell<Director>, mut unready: BTreeSet<IpAddr>) {
+    let mut looked = director.borrow().looked.subscribe();
+    loop {
+        unready.retain(|address| director.borrow().planner.lacks_way(*address));
+        if unready.is_empty() || looked.changed().await.is_err() {
+            return;
         }
     }
 }

@@ -24,6 +24,7 @@ pub fn tests() -> Vec<Test> {
         on_hooks("udp_connections_expire", &hooks, udp_connections_expire),
         on_hooks("weight_zero_quiesces", &hooks, weight_zero_quiesces),
         on_hooks("a_deleted_dest_drops_and_comes_back", &hooks, a_deleted_dest_drops_and_comes_back),
+        on_hooks("a_new_dest_is_reached_at_once", &[Hook::Xdp, Hook::Skb, Hook::Tc], a_new_dest_is_reached_at_once),
         on_hooks("no_dest_is_port_unreachable", &hooks, no_dest_is_port_unreachable),
         on_hooks("a_used_up_ttl_is_told_by_the_vip", &hooks, a_used_up_ttl_is_told_by_the_vip),
         on_hooks("the_vip_answers_echo", &hooks, the_vip_answers_echo),
@@ -353,6 +354,20 @@ fn a_deleted_dest_drops_and_comes_back(hook: Hook) -> TestResult {
         })?;
         drop(stream);
         rvs.ipvsadm(&format!("-D -t {vip}"))?;
+    }
+    Ok(())
+}
+
+/// The first packet for a new real server is not the one that finds out where it is.
+fn a_new_dest_is_reached_at_once(hook: Hook) -> TestResult {
+    let lab = lab_of(hook, 1)?;
+    let rvs = start(&lab, hook)?;
+    for ipv6 in [false, true] {
+        let vip = vip(&lab, ipv6, 80)?;
+        serve(&lab, &rvs, "-t", vip, "-g", 80)?;
+        http(&lab, vip, 1)?;
+        let lost = rvs.verdicts()?.of("no_neighbour");
+        check(lost == 0, || format!("{lost} packets to a new real server were dropped"))?;
     }
     Ok(())
 }
