@@ -64,9 +64,11 @@ pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
     if (w.r64(0) ^ iface.mac) & MAC != 0 {
         return Err(pass(Reason::OtherMac));
     }
-    match u16::from_be(w.r16(ETHERTYPE)) {
-        0x0800 => Ok(4),
-        0x86dd => Ok(6),
+    const IPV4: u16 = 0x0800u16.to_be();
+    const IPV6: u16 = 0x86ddu16.to_be();
+    match w.r16(ETHERTYPE) {
+        IPV4 => Ok(4),
+        IPV6 => Ok(6),
         _ => Err(pass(Reason::NotIp)),
     }
 }
@@ -185,7 +187,8 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
         let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step(flow, state, way));
     }
     match t.hop(hop) {
-        Some(hop) if hop.ifindex != 0 && flags & dest::LOCAL == 0 && flow.ttl > 1 => {
+        // (A real server that is this host has none.)
+        Some(hop) if hop.ifindex != 0 && flow.ttl > 1 => {
             t.count_in(index, flow.len);
             rewrite(p, flow, d, flags & dest::METHOD == dest::MASQ, hop)
         }

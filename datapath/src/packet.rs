@@ -130,7 +130,8 @@ impl Ip for V4 {
             let wrong = version_ihl >> 4 != 4 || ihl < 20 || len < ihl || len > frame_len - L3 as u32;
             return Err(if wrong { drop(Reason::Malformed) } else { pass(Reason::Options) });
         }
-        if len < 20 || len > frame_len - L3 as u32 {
+        // Too small or too large, in one comparison: the header is there.
+        if len.wrapping_sub(20) > frame_len.wrapping_sub(Self::L4 as u32) {
             return Err(drop(Reason::Malformed));
         }
         // More fragments to come, or an offset.
@@ -269,27 +270,27 @@ pub fn parse<I: Ip, P: Packet>(p: &mut P) -> Result<Flow<I>, Verdict> {
         let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
         I::check(&w, frame_len)?
     };
-    let header = match protocol {
-        IP_TCP => 20,
-        IP_UDP => 8,
+    let (tcp, header) = match protocol {
+        IP_TCP => (true, 20),
+        IP_UDP => (false, 8),
         IP_ICMP | IP_ICMP6 => return Err(pass(Reason::Icmp)),
         _ => return Err(pass(Reason::OtherProtocol)),
     };
     if len < (I::HEADER + header) as u32 {
         return Err(pass(Reason::ShortTransport));
     }
-    let (tcp, flags) = if protocol == IP_TCP {
+    let (ports, flags) = if tcp {
         let Some(w) = p.window(I::L4 + 20) else { return Err(pass(Reason::ShortTransport)) };
         let doff = u32::from(w.r8(I::L4 + 12) >> 4) * 4;
         if doff < 20 || doff > len - I::HEADER as u32 {
             return Err(pass(Reason::ShortTransport));
         }
-        (true, w.r8(I::L4 + 13))
+        (w.r32(I::L4), w.r8(I::L4 + 13))
     } else {
-        (false, 0)
+        let Some(w) = p.window(I::L4 + 8) else { return Err(pass(Reason::ShortTransport)) };
+        (w.r32(I::L4), 0)
     };
-    let Some(w) = p.window(I::L4 + 8) else { return Err(pass(Reason::ShortTransport)) };
-    let words = I::addresses(&w);
-    let key = Key::of(words, u32::from_be(w.r32(I::L4)), if tcp { conn::TCP } else { conn::UDP });
+    let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
+    let key = Key::of(I::addresses(&w), u32::from_be(ports), if tcp { conn::TCP } else { conn::UDP });
     Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), len })
 }

@@ -43,7 +43,8 @@ pub enum Stage {
     Anew = 11,
 }
 
-/// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`.
+/// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
+/// sign says, `1:1 | 0:15 | number:32 | 0:8 | stage:8`.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Verdict(u64);
@@ -52,7 +53,7 @@ const OUT: u64 = 0;
 const BACK: u64 = 1;
 const UP: u64 = 2;
 const DROP: u64 = 3;
-const GO: u64 = 4;
+const GO: u64 = 1 << 63;
 const RESOLVE: u64 = 1 << 16;
 
 impl Verdict {
@@ -79,12 +80,12 @@ impl Verdict {
     /// Not the end: the packet goes on in another stage of the pipeline, with a number for it.
     #[inline(always)]
     pub fn go(stage: Stage, number: u32) -> Verdict {
-        Verdict(u64::from(number) << 32 | GO << 8 | stage as u64)
+        Verdict(GO | u64::from(number) << 16 | stage as u64)
     }
     /// The stage that it goes on in.
     #[inline(always)]
     pub fn next(self) -> Option<(Stage, u32)> {
-        if self.0 >> 8 & 0xff != GO {
+        if self.0 & GO == 0 {
             return None;
         }
         let stage = match self.0 & 0xf {
@@ -101,7 +102,7 @@ impl Verdict {
             10 => Stage::Linked,
             _ => Stage::Anew,
         };
-        Some((stage, (self.0 >> 32) as u32))
+        Some((stage, (self.0 >> 16) as u32))
     }
     #[inline(always)]
     pub fn action(self) -> Action {

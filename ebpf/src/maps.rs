@@ -14,10 +14,10 @@ use rvs_datapath::abi::{
 use rvs_datapath::ct::{Family, V4, V6};
 use rvs_datapath::packet::{Flow, Ip};
 use rvs_datapath::tables::{Machine, Route, Tables, Walker};
-use rvs_datapath::verdict::Verdict;
+use rvs_datapath::verdict::{COUNTERS, Verdict};
 
 use crate::calls;
-use crate::flat::{constant, flat};
+use crate::flat::{constant, cpu, flat};
 use crate::words::Table;
 
 // By the sizes that the loader gives.
@@ -67,8 +67,10 @@ pub fn iface(ifindex: u32) -> &'static Iface {
 
 #[inline(always)]
 pub fn count_verdict(verdict: Verdict) {
-    // SAFETY: this CPU's own value.
-    unsafe { *Verdicts::mine(verdict.counter()) += 1 };
+    const _: () = assert!(COUNTERS.is_power_of_two());
+    let number = cpu() as usize * COUNTERS + verdict.counter() as usize;
+    // SAFETY: this CPU's own value; the map has so many for each.
+    unsafe { *Verdicts::first().add(number) += 1 };
 }
 
 #[inline(always)]

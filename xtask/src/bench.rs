@@ -1,6 +1,8 @@
 //! `cargo xtask bench`: what a packet costs the data plane, in nanoseconds and as a share of what the kernel's own LRU hash costs on
 //! the same machine in the same minute; what a flow costs in memory, and what the sweep costs.
 
+pub mod count;
+mod machine;
 mod report;
 mod rig;
 
@@ -56,6 +58,7 @@ pub fn run(root: &Path, args: &[String]) -> Result<ExitCode> {
             measure_nat(&settings, &mut report, version, column, *flows)?;
         }
     }
+    report.counts = count::counts(&std::fs::read(root.join(count::OBJECT))?)?;
     let text = report.text(&settings, &command);
     print!("{text}");
     if write {

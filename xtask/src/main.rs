@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail};
 
 const USAGE: &str = "\
 usage: cargo xtask tidy     the rules of CONTRIBUTING.md that no compiler checks
+       cargo xtask count [--write]
+                            executed instructions a packet, compared with those on record; --write: put these on record
        cargo xtask bench [--quick] [--write]
                             the data plane's figures (as root; `./x bench` builds first). --quick: a few sizes, to see that it
                             works; --write: into docs/benchmarks.md too";
@@ -30,6 +32,7 @@ fn run(task: Option<&str>, args: &[String]) -> Result<ExitCode> {
     match task {
         Some("tidy") => tidy::run(&root()?),
         Some("bench") => bench::run(&root()?, args),
+        Some("count") => bench::count::run(&root()?, args),
         Some(other) => bail!("there is no task '{other}'\n{USAGE}"),
         None => bail!("{USAGE}"),
     }

@@ -43,6 +43,14 @@ struct P<T>(T);
 // SAFETY: Plain promises it.
 unsafe impl<T: Plain> Pod for P<T> {}
 
+/// A value as it lies in a map, in whole words.
+pub fn bytes_of<T: Plain>(value: T) -> Vec<u8> {
+    let mut bytes = vec![0u8; size_of::<T>().next_multiple_of(8)];
+    // SAFETY: `bytes` is at least as long as T, which has no padding (Plain).
+    unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
+    bytes
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum BpfError {
     /// The kernel, or the library on the way to it, said no.
@@ -138,10 +146,7 @@ impl<T: Plain> Table<T> {
         Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
     }
     pub fn set(&self, index: u32, value: T) -> Result<()> {
-        let mut bytes = vec![0u8; Self::WORDS * 8];
-        // SAFETY: `bytes` is at least as long as T, which has no padding (Plain).
-        unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
-        for (word, new) in self.words(index)?.iter().zip(bytes.chunks_exact(8)) {
+        for (word, new) in self.words(index)?.iter().zip(bytes_of(value).chunks_exact(8)) {
             let new = u64::from_ne_bytes([new[0], new[1], new[2], new[3], new[4], new[5], new[6], new[7]]);
             word.store(new, Ordering::Release);
         }
@@ -310,36 +315,56 @@ impl Dataplane {
 }
 
 /// The maps that the programs reach without a lookup (`flat`), and how many entries each has: a power of two, or one.
-struct Flat(Vec<(&'static str, OwnedFd, u32)>);
+struct Flat(Vec<(Shape, OwnedFd)>);
 
-/// Name, words of an entry, entries; `true`: such an array for each CPU.
-type Shape = (&'static str, usize, u32, bool);
-
-fn words<T>() -> usize {
-    size_of::<T>().div_ceil(8)
+/// One of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub name: &'static str,
+    /// 8-byte words of an entry.
+    pub words: usize,
+    /// Entries: a power of two.
+    pub len: u32,
+    /// Such an array for each CPU.
+    pub per_cpu: bool,
 }
 
-fn shapes(s: &Sizes) -> Result<[Shape; 18]> {
+impl Shape {
+    const fn new<T>(name: &'static str, len: u32) -> Shape {
+        Shape { name, words: size_of::<T>().div_ceil(8), len, per_cpu: false }
+    }
+    const fn per_cpu<T>(name: &'static str, len: u32) -> Shape {
+        Shape { per_cpu: true, ..Shape::new::<T>(name, len) }
+    }
+    /// Bytes of the whole map.
+    fn bytes(&self) -> Result<u64> {
+        let parts = if self.per_cpu { cpu_parts()? } else { 1 };
+        Ok(self.words as u64 * 8 * u64::from(self.len) * u64::from(parts))
+    }
+}
+
+/// The maps of one value, for these sizes.
+pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
     let (services, dests) = (s.services.next_power_of_two(), s.dests.next_power_of_two());
-    Ok([
-        (map::CONN4, V4::WORDS, Sizes::buckets::<V4>(s.flows4)?, false),
-        (map::CONN6, V6::WORDS, Sizes::buckets::<V6>(s.flows6)?, false),
-        (map::CLOCK, words::<Clock>(), 1, false),
-        (map::IFACES, words::<Iface>(), abi::IFACES_MAX, false),
-        (map::SERVICES, words::<abi::Service>(), services, false),
-        (map::SERVICE_STATE, words::<abi::ServiceState>(), services, false),
-        (map::DESTS, words::<abi::Dest>(), dests, false),
-        (map::DEST_INFO, words::<abi::DestInfo>(), dests, false),
-        (map::DEST_STATE, words::<abi::DestState>(), dests, false),
-        (map::DEST_STATS, words::<CpuStats>(), dests, true),
-        (map::LISTS, words::<abi::ListEntry>(), s.lists.next_power_of_two(), false),
-        (map::TABLES, words::<u32>(), s.tables.next_power_of_two(), false),
-        (map::HOPS, words::<Hop>(), s.hops.next_power_of_two(), false),
-        (map::REPLY_HOPS, words::<Hop>(), abi::REPLY_HOPS_MAX, false),
-        (map::VERDICTS, words::<u64>(), COUNTERS as u32, true),
-        (map::SCRATCH4, abi::SCRATCH_WORDS, 1, true),
-        (map::SCRATCH6, abi::SCRATCH_WORDS, 1, true),
-        (map::CONFIG, words::<Config>(), 1, false),
+    Ok(vec![
+        Shape::new::<[u64; V4::WORDS]>(map::CONN4, Sizes::buckets::<V4>(s.flows4)?),
+        Shape::new::<[u64; V6::WORDS]>(map::CONN6, Sizes::buckets::<V6>(s.flows6)?),
+        Shape::new::<Clock>(map::CLOCK, 1),
+        Shape::new::<Iface>(map::IFACES, abi::IFACES_MAX),
+        Shape::new::<abi::Service>(map::SERVICES, services),
+        Shape::new::<abi::ServiceState>(map::SERVICE_STATE, services),
+        Shape::new::<abi::Dest>(map::DESTS, dests),
+        Shape::new::<abi::DestInfo>(map::DEST_INFO, dests),
+        Shape::new::<abi::DestState>(map::DEST_STATE, dests),
+        Shape::per_cpu::<CpuStats>(map::DEST_STATS, dests),
+        Shape::new::<abi::ListEntry>(map::LISTS, s.lists.next_power_of_two()),
+        Shape::new::<u32>(map::TABLES, s.tables.next_power_of_two()),
+        Shape::new::<Hop>(map::HOPS, s.hops.next_power_of_two()),
+        Shape::new::<Hop>(map::REPLY_HOPS, abi::REPLY_HOPS_MAX),
+        Shape::per_cpu::<u64>(map::VERDICTS, COUNTERS as u32),
+        Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH4, 1),
+        Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH6, 1),
+        Shape::new::<Config>(map::CONFIG, 1),
     ])
 }
 
@@ -357,22 +382,21 @@ impl Flat {
     /// New ones. All but CONFIG, which comes last, are pinned: its pin says that all are there.
     fn make(dir: &Path, sizes: &Sizes) -> Result<Flat> {
         let mut made = Vec::new();
-        for (name, words, len, per_cpu) in shapes(sizes)? {
-            let path = dir.join(name);
-            let bytes = words as u64 * 8 * u64::from(len) * if per_cpu { u64::from(cpu_parts()?) } else { 1 };
+        for shape in shapes(sizes)? {
+            let (name, bytes) = (shape.name, shape.bytes()?);
             let too_large =
                 || BpfError::Refused(format!("map {name} would have {bytes} bytes: at most {}", u32::MAX / 2));
             let bytes = u32::try_from(bytes).ok().filter(|b| *b <= u32::MAX / 2).ok_or_else(too_large)?;
             let fd = raw::create_mappable(name, bytes).map_err(failed(format!("map {name} of {bytes} bytes")))?;
-            made.push((name, fd, len));
+            made.push((shape, fd));
             // Left behind by a start that was cut short.
-            let _ = std::fs::remove_file(&path);
+            let _ = std::fs::remove_file(dir.join(name));
         }
         for name in LOOKED_UP {
             let _ = std::fs::remove_file(dir.join(name));
         }
-        for (name, fd, _) in made.iter().filter(|(name, ..)| *name != map::CONFIG) {
-            let path = dir.join(name);
+        for (shape, fd) in made.iter().filter(|(shape, _)| shape.name != map::CONFIG) {
+            let path = dir.join(shape.name);
             raw::pin(fd.as_fd(), &path).map_err(failed(format!("pin {}", path.display())))?;
         }
         Ok(Flat(made))
@@ -388,16 +412,17 @@ impl Flat {
         };
         let mut found = Vec::new();
         // CONFIG first: without its version nothing else is worth a look.
-        for (name, words, _, per_cpu) in shapes(&Sizes::default())?.into_iter().rev() {
+        for shape in shapes(&Sizes::default())?.into_iter().rev() {
+            let name = shape.name;
             let data = MapData::from_pin(dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
-            let size = data.info().map_err(failed(format!("map {name}")))?.value_size() as usize;
-            let one = words * 8 * if per_cpu { cpu_parts()? as usize } else { 1 };
-            let len = (size / one) as u32;
-            if !size.is_multiple_of(one) || !len.is_power_of_two() {
+            let size = data.info().map_err(failed(format!("map {name}")))?.value_size();
+            let one = Shape { len: 1, ..shape }.bytes()?;
+            let len = (u64::from(size) / one) as u32;
+            if !u64::from(size).is_multiple_of(one) || !len.is_power_of_two() {
                 return Err(other(format!("map {name} of {size} bytes")));
             }
             let fd = data.fd().as_fd().try_clone_to_owned().map_err(failed(format!("map {name}")))?;
-            found.push((name, fd, len));
+            found.push((Shape { len, ..shape }, fd));
             if name == map::CONFIG {
                 let version = Table::<Config>::new(data.fd().as_fd(), name, len)?.get(0)?.version;
                 if version != abi::VERSION {
@@ -426,10 +451,7 @@ impl Flat {
     /// What the programs know of them.
     fn symbols(&self) -> Result<Vec<(String, flat::Value)>> {
         let mut symbols = vec![("CPUS_MASK".to_owned(), flat::Value::Number(u64::from(cpu_parts()? - 1)))];
-        let shapes = shapes(&Sizes::default())?;
-        for ((name, fd, len), (_, words, ..)) in
-            self.0.iter().filter_map(|m| Some((m, shapes.iter().find(|s| s.0 == m.0)?)))
-        {
+        for (Shape { name, words, len, .. }, fd) in &self.0 {
             symbols.push(((*name).to_owned(), flat::Value::Map(fd.as_raw_fd())));
             symbols.push((format!("{name}_MASK"), flat::Value::Number(u64::from(len - 1))));
             symbols.push((format!("{name}_BYTES"), flat::Value::Number(u64::from(*len) * *words as u64 * 8)));
@@ -438,9 +460,9 @@ impl Flat {
     }
 
     fn get(&self, name: &str) -> Result<(&'static str, BorrowedFd<'_>, u32)> {
-        let found = self.0.iter().find(|(n, ..)| *n == name);
-        let (name, fd, len) = found.ok_or_else(|| BpfError::Refused(format!("there is no map {name}")))?;
-        Ok((name, fd.as_fd(), *len))
+        let found = self.0.iter().find(|(shape, _)| shape.name == name);
+        let (shape, fd) = found.ok_or_else(|| BpfError::Refused(format!("there is no map {name}")))?;
+        Ok((shape.name, fd.as_fd(), shape.len))
     }
     fn table<T: Plain>(&self, name: &str) -> Result<Table<T>> {
         let (name, fd, len) = self.get(name)?;

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::process::Command;
 
+use super::count::Count;
 use super::rig::{Method, Settings, Version};
 
 /// A line of the tables.
@@ -111,12 +112,22 @@ pub struct Report {
     pub programs: Vec<(Version, (u32, u32, u32))>,
     /// Established flows before and after a flood of SYNs.
     pub floods: Vec<(Version, Method, u32, u32)>,
+    /// Executed instructions, all of IPv4, then the same of IPv6.
+    pub counts: Vec<Count>,
 }
 
 impl Report {
     pub fn new(sizes: &[u32]) -> Report {
         let sizes = sizes.to_vec();
-        Report { sizes, cells: vec![], ratios: vec![], services: None, programs: vec![], floods: vec![] }
+        Report {
+            sizes,
+            cells: vec![],
+            ratios: vec![],
+            services: None,
+            programs: vec![],
+            floods: vec![],
+            counts: vec![],
+        }
     }
     /// A figure; of one measured twice, the smaller.
     pub fn put(&mut self, version: Version, row: Row, column: usize, value: f64) {
@@ -158,6 +169,7 @@ impl Report {
         self.ratio_table(&mut out);
         self.memory(&mut out);
         self.sweeps(&mut out);
+        self.instructions(&mut out);
         self.rest(&mut out);
         out
     }
@@ -234,6 +246,24 @@ impl Report {
         let _ = writeln!(out);
     }
 
+    fn instructions(&self, out: &mut String) {
+        let _ = writeln!(
+            out,
+            "## Instructions\n\nBPF instructions that a packet executes, as counted by running the program on a machine of our own (a \
+             helper is one); locked ones among them in brackets. The goal for a known flow of IPv4: 320 DR, 420 NAT.\n"
+        );
+        let _ = writeln!(out, "| | IPv4 | IPv6 |\n|---|--:|--:|");
+        let (v4, v6) = self.counts.split_at(self.counts.len() / 2);
+        for (a, b) in v4.iter().zip(v6) {
+            let shown = |c: &Count| match c.atomics {
+                0 => c.instructions.to_string(),
+                n => format!("{} ({n})", c.instructions),
+            };
+            let _ = writeln!(out, "| {} | {} | {} |", a.name, shown(a), shown(b));
+        }
+        let _ = writeln!(out);
+    }
+
     fn rest(&self, out: &mut String) {
         let _ = writeln!(out, "## Other\n");
         if let Some((flows, one, many)) = self.services {
@@ -258,11 +288,6 @@ impl Report {
                 version.of("IPv4", "IPv6")
             );
         }
-        let _ = writeln!(
-            out,
-            "* Executed instructions a packet are not counted here: the kernel counts only the time of BPF programs, and a virtual \
-             machine without performance counters has no other source."
-        );
     }
 }
 

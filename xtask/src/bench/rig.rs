@@ -112,15 +112,16 @@ const COUNTS_AT: usize = 8;
 /// Flows that new connections come from: all that addresses and ports allow.
 pub const ANY_FLOW: u64 = 1 << 30;
 
-const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const CLIENTS: [u8; 4] = [10, 0, 0, 0];
 const VIP: [u8; 4] = [192, 0, 2, 1];
 /// Servers are the eight addresses from here on.
 const SERVERS: [u8; 4] = [172, 16, 0, 1];
 const VIP_PORT: u16 = 80;
 const SERVER_PORT: u16 = 8080;
-const DESTS: u32 = 8;
-const NOW_S: u32 = 10_000;
+const CLIENT_PORT: u16 = 0x8000;
+pub const DESTS: u32 = 8;
+pub const NOW_S: u32 = 10_000;
 
 /// 2001:db8:: with these last bytes for IPv6.
 fn address(version: Version, last: [u8; 4]) -> [u8; 16] {
@@ -172,19 +173,7 @@ impl<'a> Rig<'a> {
         for i in 1..=DESTS {
             maps.lists.set(i, ListEntry { dest: i, weight: 1 })?;
         }
-        let key = ServiceKey {
-            address: address(self.version, VIP),
-            port: VIP_PORT,
-            protocol: 6,
-            family: self.version.of(4, 6),
-        };
-        let s = Service {
-            list: u64::from(DESTS) << 32,
-            flags: service::LOCAL,
-            scheduler: Kind::Rr as u32,
-            key,
-            ..Service::default()
-        };
+        let (key, s) = service(self.version);
         maps.services.set(1, s)?;
         maps.keys.insert(key, 1)?;
         self.leave_by(1)
@@ -193,16 +182,9 @@ impl<'a> Rig<'a> {
     /// Have requests leave by this interface. 1 is where they came in.
     pub fn leave_by(&mut self, ifindex: u32) -> Result<()> {
         let maps = &mut self.plane.maps;
-        maps.hops.set(1, Hop { macs: [0x0100_0002, 0x0002_0300, 0x0400_0000], ifindex })?;
-        let method = if self.method == Method::Nat { dest::MASQ } else { dest::ROUTE };
-        let flags = method | dest::AVAILABLE | self.version.of(0, dest::V6);
+        maps.hops.set(1, hop(ifindex))?;
         for i in 0..DESTS {
-            let mut last = SERVERS;
-            last[3] += i as u8;
-            let port = if self.method == Method::Nat { SERVER_PORT } else { 0 };
-            let out = u64::from(flags) | 1 << 32;
-            let d = Dest { out, address: address(self.version, last), port, mtu: 1500, service: 1 };
-            maps.dests.set(1 + i, d)?;
+            maps.dests.set(1 + i, dest(self.version, self.method, i))?;
         }
         Ok(())
     }
@@ -257,7 +239,7 @@ impl<'a> Rig<'a> {
             words[SERVER_PORT_AT] = u64::from(SERVER_PORT);
         }
         self.bench.set(0, words)?;
-        let (frame, name) = (self.frame(case.frame), self.name(case.program as usize));
+        let (frame, name) = (frame(self.version, case.frame), self.name(case.program as usize));
         let ns = self.plane.test_run(name, &frame, case.packets)?.duration.as_nanos() as f64;
         let counts = &self.bench.get(0)?[COUNTS_AT..];
         let right = counts[case.expect as usize] + if filling { counts[REDIRECT as usize] } else { 0 };
@@ -322,7 +304,7 @@ impl<'a> Rig<'a> {
 
     /// Nanoseconds of a whole sweep.
     pub fn sweep(&mut self) -> Result<f64> {
-        let frame = self.frame(Frame::Ack);
+        let frame = frame(self.version, Frame::Ack);
         let done = self.plane.test_run(self.name(SWEEP), &frame, 1)?;
         if done.return_value != TX {
             bail!("the sweep of {} flows did not come to its end (code {})", self.flows, done.return_value);
@@ -335,31 +317,55 @@ impl<'a> Rig<'a> {
         let (conns, lru) = self.version.of((map::CONN4, "LRU4"), (map::CONN6, "LRU6"));
         Ok((self.plane.charged(conns)?, self.plane.charged(lru)?))
     }
+}
 
-    fn frame(&self, frame: Frame) -> Vec<u8> {
-        let (protocol, len) =
-            (if frame == Frame::Icmp { self.version.of(1, 58) } else { 6 }, self.version.of(40u8, 20));
-        let mac = if frame == Frame::OtherMac { [2, 0, 0, 0, 0, 9] } else { OURS };
-        let (from, to) = (address(self.version, CLIENTS), address(self.version, VIP));
-        let ports = [0x8000, if frame == Frame::NoService { 81 } else { VIP_PORT }];
-        let mut f = Vec::from(mac);
-        f.extend([2, 0, 0, 0, 0, 2]);
-        match self.version {
-            Version::V4 => {
-                f.extend([8, 0, 0x45, 0, 0, len, 0, 1, 0x40, 0, 64, protocol, 0x12, 0x34]);
-                f.extend([&from[..4], &to[..4]].concat());
-            }
-            Version::V6 => {
-                f.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, len, protocol, 64]);
-                f.extend([from, to].concat());
-            }
+/// The service under test, under its index 1, with a list of its dests from the first entry on.
+pub fn service(version: Version) -> (ServiceKey, Service) {
+    let key = ServiceKey { address: address(version, VIP), port: VIP_PORT, protocol: 6, family: version.of(4, 6) };
+    let (list, scheduler) = (u64::from(DESTS) << 32, Kind::Rr as u32);
+    (key, Service { list, flags: service::LOCAL, scheduler, key, ..Service::default() })
+}
+
+/// Its dest number `i`, of the index 1 + i, reached by hop 1.
+pub fn dest(version: Version, method: Method, i: u32) -> Dest {
+    let mut last = SERVERS;
+    last[3] += i as u8;
+    let (method, port) = if method == Method::Nat { (dest::MASQ, SERVER_PORT) } else { (dest::ROUTE, 0) };
+    let flags = method | dest::AVAILABLE | version.of(0, dest::V6);
+    Dest { out: u64::from(flags) | 1 << 32, address: address(version, last), port, mtu: 1500, service: 1 }
+}
+
+pub fn hop(ifindex: u32) -> Hop {
+    Hop { macs: [0x0100_0002, 0x0002_0300, 0x0400_0000], ifindex }
+}
+
+/// The frame, of the first client.
+pub fn frame(version: Version, frame: Frame) -> Vec<u8> {
+    let (protocol, len) = (if frame == Frame::Icmp { version.of(1, 58) } else { 6 }, version.of(40u8, 20));
+    let mac = if frame == Frame::OtherMac { [2, 0, 0, 0, 0, 9] } else { OURS };
+    let (client, vip) = (address(version, CLIENTS), address(version, VIP));
+    let (from, to, ports) = match frame {
+        Frame::Reply => (address(version, SERVERS), client, [SERVER_PORT, CLIENT_PORT]),
+        Frame::NoService => (client, vip, [CLIENT_PORT, 81]),
+        _ => (client, vip, [CLIENT_PORT, VIP_PORT]),
+    };
+    let mut f = Vec::from(mac);
+    f.extend([2, 0, 0, 0, 0, 2]);
+    match version {
+        Version::V4 => {
+            f.extend([8, 0, 0x45, 0, 0, len, 0, 1, 0x40, 0, 64, protocol, 0x12, 0x34]);
+            f.extend([&from[..4], &to[..4]].concat());
         }
-        f.extend(ports.iter().flat_map(|p| p.to_be_bytes()));
-        let flags = if frame == Frame::Syn { 0x02 } else { 0x10 };
-        f.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0x56, 0x78, 0, 0]);
-        f.resize(f.len().next_multiple_of(8).max(60), 0);
-        f
+        Version::V6 => {
+            f.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, len, protocol, 64]);
+            f.extend([from, to].concat());
+        }
     }
+    f.extend(ports.iter().flat_map(|p| p.to_be_bytes()));
+    let flags = if frame == Frame::Syn { 0x02 } else { 0x10 };
+    f.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0x56, 0x78, 0, 0]);
+    f.resize(f.len().next_multiple_of(8).max(60), 0);
+    f
 }
 
 impl Drop for Rig<'_> {
