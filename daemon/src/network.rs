@@ -11,7 +11,7 @@ use rvs_control::net::{Addr, FdbEntry, Link, Neighbour, Route, RouteQuery};
 use rvs_control::nexthop::{self, NextHop, Path, Picture};
 use rvs_control::plan::Way;
 use rvs_datapath::abi::{Iface, iface};
-use rvs_sys::bpf::attach::{Hook, Port};
+use rvs_sys::bpf::attach::{self, Hook, Port};
 use rvs_sys::netlink::{Net, NetError, NetEvent, Netlink, Watch};
 use tokio::sync::Notify;
 
@@ -79,7 +79,24 @@ impl Network {
         if let Some(link) = links.iter().filter(wanted).find(|l| l.loopback || !l.ethernet) {
             return Err(format!("interface {} carries no Ethernet frames: nothing can be taken from it", link.name));
         }
-        self.refresh(Stale { routes: true }, true).await
+        self.refresh(Stale { routes: true }, true).await?;
+        self.leave_others()
+    }
+
+    /// A start before this one may have had other interfaces: what is named now is all.
+    fn leave_others(&self) -> Result<(), String> {
+        if self.wanted.is_empty() {
+            return Ok(());
+        }
+        let d = self.director.borrow();
+        let dir = d.dataplane.dir();
+        for there in attach::list(dir).map_err(|e| shown(&e))? {
+            if !self.wanted.iter().any(|w| w.name == there.name) {
+                attach::detach(dir, &there.name, there.hook).map_err(|e| shown(&e))?;
+                tracing::info!(interface = there.name, hook = there.hook.name(), "no longer named: the program is off");
+            }
+        }
+        Ok(())
     }
 
     /// Follow changes for ever. `commands` is notified when a command may have added a real server.

@@ -11,24 +11,29 @@ struct Walk {
 
 #[inline(always)]
 pub fn pick<T: Tables>(t: &T, index: u32, list: List) -> Option<u32> {
-    let old = t.machine(index, Machine::Rr);
-    // Nearly always the very next one.
-    let last = (old as u32).min(list.count);
-    let next = if last >= list.count { 1 } else { last + 1 };
-    let first = list.at(t, next)?;
-    let (place, dest) = if list.count > 0 && eligible(t, &first) {
-        (next, first.dest)
-    } else {
-        let mut walk = Walk { list, last: next, found: 0 };
-        t.walk(list.count, &mut walk);
-        if walk.found == 0 {
-            return None;
+    let mut tries = 0;
+    loop {
+        let old = t.machine(index, Machine::Rr);
+        // Nearly always the very next one.
+        let last = (old as u32).min(list.count);
+        let next = if last >= list.count { 1 } else { last + 1 };
+        let first = list.at(t, next)?;
+        let (place, dest) = if list.count > 0 && eligible(t, &first) {
+            (next, first.dest)
+        } else {
+            let mut walk = Walk { list, last: next, found: 0 };
+            t.walk(list.count, &mut walk);
+            if walk.found == 0 {
+                return None;
+            }
+            ((walk.found >> 32) as u32, walk.found as u32)
+        };
+        tries += 1;
+        // If another CPU took this turn, take the next; after some tries this one all the same.
+        if t.advance(index, Machine::Rr, old, u64::from(place)) || tries == 4 {
+            return Some(dest);
         }
-        ((walk.found >> 32) as u32, walk.found as u32)
-    };
-    // Two CPUs at once may take the same turn; neither waits for the other.
-    let _ = t.advance(index, Machine::Rr, old, u64::from(place));
-    Some(dest)
+    }
 }
 
 impl<T: Tables> Walker<T> for Walk {

@@ -12,10 +12,14 @@ use crate::support::{Test, TestResult, check, director, equal, lab_for, on_hooks
 
 pub fn tests() -> Vec<Test> {
     let hooks = [Hook::Xdp, Hook::Tc];
-    [on_hooks("kill_9_under_load_nat", &hooks, nat), on_hooks("kill_9_under_load_dr", &hooks, dr)]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        on_hooks("kill_9_under_load_nat", &hooks, nat),
+        on_hooks("kill_9_under_load_dr", &hooks, dr),
+        on_hooks("an_interface_no_longer_named_is_left", &hooks, fewer_interfaces),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 fn nat(hook: Hook) -> TestResult {
@@ -70,6 +74,19 @@ fn kill_9_under_load(method: &str, hook: Hook) -> TestResult {
     check(now.forwarded == kernel.forwarded, || format!("the kernel forwarded: {kernel:?} {now:?}"))?;
     let rows = rvs.ipvsadm("-Lnc")?.lines().filter(|l| l.starts_with("TCP ")).count();
     check(rows > 1000, || format!("{rows} connections are listed after {REQUESTS}"))
+}
+
+fn fewer_interfaces(hook: Hook) -> TestResult {
+    let layout = Layout::TwoArmed;
+    let lab = lab_for(hook, layout, Options { servers: 1, ..Options::default() })?;
+    let mut rvs = director(&lab, layout.director_interfaces(), hook)?;
+    let both = links(rvs.node())?;
+    check(both.len() == 2, || format!("links of two interfaces: {both:?}"))?;
+    rvs.kill();
+    let rvs = director(&lab, &["front"], hook)?;
+    let left = links(rvs.node())?;
+    let front: BTreeMap<_, _> = both.into_iter().filter(|(name, _)| name.starts_with("front")).collect();
+    check(left == front, || format!("the links are {left:?}, that of front was {front:?}"))
 }
 
 /// `ipvsadm -Ln` without its two columns of connections.
