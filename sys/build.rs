@@ -3,8 +3,11 @@
 use std::path::Path;
 
 fn main() {
-    let object = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ebpf/target/bpfel-unknown-none/release/rvs-ebpf");
-    println!("cargo:rerun-if-changed={}", object.display());
-    assert!(object.exists(), "the eBPF programs are not built yet ({}): run `./x build`", object.display());
-    println!("cargo:rustc-env=RVS_EBPF_OBJECT={}", object.display());
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ebpf/target/bpfel-unknown-none/release");
+    for (name, variable) in [("rvs-ebpf", "RVS_EBPF_OBJECT"), ("rvs-realserver", "RVS_REALSERVER_OBJECT")] {
+        let object = built.join(name);
+        println!("cargo:rerun-if-changed={}", object.display());
+        assert!(object.exists(), "the eBPF programs are not built yet ({}): run `./x build`", object.display());
+        println!("cargo:rustc-env={variable}={}", object.display());
+    }
 }

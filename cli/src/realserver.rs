@@ -9,7 +9,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use rvs_control::firewall::Rules;
-use rvs_control::realserver::{Finding, Mode, Op, Refused, Wanted, desired};
+use rvs_control::realserver::{Finding, GUE_PORT, Mode, Op, Refused, Wanted, desired};
+use rvs_sys::bpf::decap::KernelTunnels;
 use rvs_sys::firewall::arp_readings;
 use rvs_sys::netlink::{NetError, Netlink};
 use rvs_sys::netns::{self, NetnsError};
@@ -70,6 +71,9 @@ struct How {
     /// The routers and clients on the link have static ARP entries for the VIPs, so ARP needs no silencing here
     #[arg(long)]
     static_arp: bool,
+    /// The UDP port that GUE comes to, with --mode tun
+    #[arg(long, value_name = "PORT", default_value_t = GUE_PORT)]
+    gue_port: u16,
 }
 
 #[derive(Debug, Args)]
@@ -127,18 +131,18 @@ async fn up(args: &UpArgs, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Re
     wanted.check().map_err(RealserverError::from)?;
     must_be_root("realserver up")?;
     let (net, sysctl) = (Netlink::open()?, ProcSys::default());
-    let ops = realserver::up(&net, &sysctl, &wanted, arp_rules(stderr), &args.state.record()?).await?;
+    let ops = realserver::up(&net, &sysctl, &KernelTunnels, &wanted, arp_rules(stderr), &args.state.record()?).await?;
     for op in &ops {
         match op {
             Op::Set { old, .. } => writeln!(stdout, "{op} (was {old})")?,
-            Op::AddAddr { .. } | Op::DelAddr { .. } => writeln!(stdout, "{op}")?,
+            Op::AddAddr { .. } | Op::DelAddr { .. } | Op::Decap { .. } => writeln!(stdout, "{op}")?,
         }
     }
     if ops.is_empty() {
         writeln!(stdout, "nothing to do")?;
     }
     // The plan says it is right now; the host has the last word.
-    let host = realserver::observe(&net, &sysctl, arp_rules(stderr)).await?;
+    let host = realserver::observe(&net, &sysctl, &KernelTunnels, arp_rules(stderr)).await?;
     let findings = desired(&wanted, &host).map_err(RealserverError::from)?;
     report(&wanted, &findings, stdout)
 }
@@ -150,14 +154,14 @@ async fn check(args: &CheckArgs, stdout: &mut dyn Write, stderr: &mut dyn Write)
         args.how.wanted(args.vips.clone())
     };
     wanted.check().map_err(RealserverError::from)?;
-    let host = realserver::observe(&Netlink::open()?, &ProcSys::default(), arp_rules(stderr)).await?;
+    let host = realserver::observe(&Netlink::open()?, &ProcSys::default(), &KernelTunnels, arp_rules(stderr)).await?;
     let findings = desired(&wanted, &host).map_err(RealserverError::from)?;
     report(&wanted, &findings, stdout)
 }
 
 async fn down(args: &DownArgs, stdout: &mut dyn Write) -> Result<u8, Error> {
     must_be_root("realserver down")?;
-    match realserver::down(&Netlink::open()?, &ProcSys::default(), &args.state.record()?).await? {
+    match realserver::down(&Netlink::open()?, &ProcSys::default(), &KernelTunnels, &args.state.record()?).await? {
         Down::Nothing => writeln!(stdout, "nothing to put back: there is no record of an `rvs realserver up`")?,
         Down::Restored { notes } => {
             for note in notes {
@@ -177,7 +181,8 @@ fn report(wanted: &Wanted, findings: &[Finding], stdout: &mut dyn Write) -> Resu
     }
     if findings.is_empty() {
         let vips: Vec<String> = wanted.vips.iter().map(ToString::to_string).collect();
-        writeln!(stdout, "ready for direct routing: {}", vips.join(", "))?;
+        let how = if wanted.mode == Mode::Tun { "tunnels" } else { "direct routing" };
+        writeln!(stdout, "ready for {how}: {}", vips.join(", "))?;
         return Ok(EXIT_DONE);
     }
     Ok(EXIT_REFUSED)
@@ -205,7 +210,7 @@ impl How {
             ModeName::Tun => Mode::Tun,
             ModeName::Fullnat => Mode::Fullnat,
         };
-        Wanted { mode, vips, interfaces: self.interfaces.clone(), static_arp: self.static_arp }
+        Wanted { mode, vips, interfaces: self.interfaces.clone(), static_arp: self.static_arp, gue_port: self.gue_port }
     }
 }
 

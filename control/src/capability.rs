@@ -80,9 +80,9 @@ impl Capabilities {
             third_flag: false,
             masq: true,
             route: true,
-            tunnels: BTreeSet::new(),
+            tunnels: [TunnelKind::Ipip, TunnelKind::Gue, TunnelKind::Gre].into(),
             fullnat: false,
-            mixed_families: false,
+            mixed_families: true,
             persistence: false,
             engines: false,
             fwmark: false,
@@ -213,6 +213,9 @@ mod tests {
     fn taken() -> Vec<Command> {
         let flags = |bits| SchedFlags::from_bits(bits).unwrap();
         let v6 = ServiceKey::Virtual { proto: Proto::Udp, addr: "2001:db8::1".parse().unwrap(), port: 53 };
+        let gue = Tunnel { kind: TunnelKind::Gue, port: 6080, checksum: TunnelChecksum::None };
+        let other = DestKey { addr: "2001:db8::2".parse().unwrap(), port: 80 };
+        let mixed = Dest { key: other, ..dest(FwdMethod::Tunnel(gue)) };
         let mut commands: Vec<Command> =
             ["rr", "wrr", "wlc", "mh", "nosuch"].map(|name| Command::AddService(service(80), spec(name))).into();
         commands.extend([
@@ -220,6 +223,8 @@ mod tests {
             Command::AddService(v6, ServiceSpec { granularity: Granularity::V6(128), ..spec("rr") }),
             Command::AddDest(service(80), dest(FwdMethod::Masq)),
             Command::EditDest(service(80), dest(FwdMethod::Route)),
+            Command::AddDest(service(80), dest(FwdMethod::Tunnel(Tunnel::IPIP))),
+            Command::AddDest(service(80), mixed),
             Command::Flush,
             Command::Zero(None),
             Command::StopDaemon(DaemonRole::Master),
@@ -232,8 +237,6 @@ mod tests {
         let flags = |bits| SchedFlags::from_bits(bits).unwrap();
         let sctp = ServiceKey::Virtual { proto: Proto::Sctp, addr: "192.0.2.1".parse().unwrap(), port: 80 };
         let mark = ServiceKey::Fwmark { mark: 1, family: Family::V4 };
-        let gue = Tunnel { kind: TunnelKind::Gue, port: 6080, checksum: TunnelChecksum::None };
-        let mixed = Dest { key: DestKey { addr: "2001:db8::2".parse().unwrap(), port: 80 }, ..dest(FwdMethod::Route) };
         let daemon = DaemonSpec {
             role: DaemonRole::Master,
             interface: "eth0".into(),
@@ -255,10 +258,7 @@ mod tests {
             (Command::AddService(service(80), ServiceSpec { persistence_s: Some(300), ..spec("rr") }), "-p"),
             (Command::AddService(service(80), ServiceSpec { engine: Some("sip".into()), ..spec("rr") }), "--pe"),
             (Command::AddService(service(80), ServiceSpec { one_packet: true, ..spec("rr") }), "-o"),
-            (Command::AddDest(service(80), dest(FwdMethod::Tunnel(Tunnel::IPIP))), "ipip"),
-            (Command::AddDest(service(80), dest(FwdMethod::Tunnel(gue))), "gue"),
             (Command::AddDest(service(80), dest(FwdMethod::Fullnat)), "--fullnat"),
-            (Command::AddDest(service(80), mixed), "family"),
             (Command::AddDest(service(80), Dest { upper: 10, ..dest(FwdMethod::Masq) }), "-x"),
             (Command::StartDaemon(daemon), "sync"),
             (Command::AddLocalAddress(service(80), "10.0.0.9".parse().unwrap()), "local address"),

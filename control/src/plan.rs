@@ -28,7 +28,7 @@ use crate::lists;
 use crate::model::{Change, Dest, DestKey, Model, Scheduler, Service, ServiceKey};
 use place::{Indexes, Run, Runs};
 pub use record::bytes;
-use record::{abi_key, describe, method_bits, tunnel_bits};
+use record::{abi_key, describe, method_bits, tunnel_record};
 pub use restore::{Dump, DumpedDest, DumpedService, RestoreError};
 
 /// Longer than any packet is under way in the data plane.
@@ -68,6 +68,11 @@ pub enum MapOp {
     DestInfo {
         index: u32,
         value: abi::DestInfo,
+    },
+    /// How packets for it are wrapped.
+    Tunnel {
+        index: u32,
+        value: abi::Tunnel,
     },
     /// Weight 0, for hash schedulers.
     Quiesced {
@@ -131,8 +136,8 @@ pub struct Capacity {
 /// The way to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// Ready.
-    Hop { macs: [u32; 3], ifindex: u32, mtu: u16 },
+    /// Ready. `source`: this host's own address on that way.
+    Hop { macs: [u32; 3], ifindex: u32, mtu: u16, source: Option<IpAddr> },
     /// This host.
     Local,
 }
@@ -161,6 +166,7 @@ struct PlacedDest {
 #[derive(Clone, Copy, Debug)]
 struct Mirror {
     record: abi::Dest,
+    tunnel: abi::Tunnel,
     address: IpAddr,
 }
 
@@ -493,10 +499,11 @@ impl Planner {
     /// A dest out of the trash: packets of its connections are forwarded again.
     fn revive(&mut self, index: u32, service: u32, step: &mut Step) {
         let Some(mirror) = self.dests.get(&index).copied() else { return };
-        let mut record = abi::Dest { out: mirror.record.out | u64::from(flag::AVAILABLE), service, ..mirror.record };
-        self.point(&mut record, mirror.address);
-        step.mirrors.push((index, self.dests.insert(index, Mirror { record, ..mirror })));
-        step.ops.push(MapOp::Dest { index, value: record });
+        let record = abi::Dest { out: mirror.record.out | u64::from(flag::AVAILABLE), service, ..mirror.record };
+        let revived = self.pointed(Mirror { record, ..mirror });
+        step.mirrors.push((index, self.dests.insert(index, revived)));
+        step.ops.push(MapOp::Tunnel { index, value: revived.tunnel });
+        step.ops.push(MapOp::Dest { index, value: revived.record });
     }
 
     fn has_method(&self, index: u32, dest: &Dest) -> bool {
@@ -516,19 +523,19 @@ impl Planner {
         if address.is_ipv6() {
             record.out |= u64::from(flag::V6);
         }
-        self.point(&mut record, address);
+        let mirror = self.pointed(Mirror { record, tunnel: tunnel_record(dest.method), address });
         let info = abi::DestInfo {
             weight: dest.weight,
             last_weight,
             upper_threshold: dest.upper,
             lower_threshold: dest.lower,
-            tunnel: tunnel_bits(dest.method),
             ..abi::DestInfo::default()
         };
         step.ops.push(MapOp::DestInfo { index, value: info });
         step.ops.push(MapOp::Quiesced { index, quiesced: dest.weight == 0 });
-        step.ops.push(MapOp::Dest { index, value: record });
-        step.mirrors.push((index, self.dests.insert(index, Mirror { record, address })));
+        step.ops.push(MapOp::Tunnel { index, value: mirror.tunnel });
+        step.ops.push(MapOp::Dest { index, value: mirror.record });
+        step.mirrors.push((index, self.dests.insert(index, mirror)));
         self.by_address.entry(address).or_default().insert(index);
     }
 
@@ -634,12 +641,14 @@ impl Planner {
         }
         let mut dests = std::mem::take(&mut self.dests);
         for (index, mirror) in &mut dests {
-            let mut record = mirror.record;
-            self.point(&mut record, mirror.address);
-            if record != mirror.record {
-                mirror.record = record;
-                step.ops.push(MapOp::Dest { index: *index, value: record });
+            let pointed = self.pointed(*mirror);
+            if pointed.tunnel != mirror.tunnel {
+                step.ops.push(MapOp::Tunnel { index: *index, value: pointed.tunnel });
             }
+            if pointed.record != mirror.record {
+                step.ops.push(MapOp::Dest { index: *index, value: pointed.record });
+            }
+            *mirror = pointed;
         }
         self.dests = dests;
         let unused: Vec<_> =
@@ -659,8 +668,9 @@ impl Planner {
         })
     }
 
-    /// Put the way to `address` into a dest's record.
-    fn point(&self, record: &mut abi::Dest, address: IpAddr) {
+    /// A dest with the way to its address.
+    fn pointed(&self, mut mirror: Mirror) -> Mirror {
+        let (record, address) = (&mut mirror.record, mirror.address);
         // Of this host it is known at once; a reply of NAT must first find its egress program.
         let at_once = self.locals.contains(&address) && record.out as u32 & flag::METHOD != flag::MASQ;
         let way = if at_once { Some(&Way::Local) } else { self.ways.get(&address) };
@@ -672,6 +682,13 @@ impl Planner {
             Some(Way::Hop { mtu, .. }) => *mtu,
             _ => 0,
         };
+        // Without a way for a while, the address of before is as good as any.
+        if let Some(Way::Hop { source: Some(source), .. }) = way
+            && record.out as u32 & flag::METHOD == flag::TUNNEL
+        {
+            mirror.tunnel.source = bytes(*source);
+        }
+        mirror
     }
 
     // ---- time

@@ -1,4 +1,4 @@
-//! What a real server needs for direct routing, what is wrong with it, and what mends that.
+//! What a real server needs for direct routing and tunnelling, what is wrong with it, and what mends that.
 //!
 //! The request reaches the real server as a frame whose IP destination is still the VIP, so the VIP has to be an
 //! address of the host. It must not answer for the VIP on the wire, or clients find the real server instead of the
@@ -12,9 +12,12 @@
 //! * Replies leave by the route to the client, which need not be the interface of the request: with strict
 //!   `rp_filter` (`__fib_validate_source`) the request is dropped then.
 //!
+//! In a tunnel the request comes inside a packet for the real server's own address: a program at the interface takes it out, and from
+//! there on it is as above.
+//!
 //! Pure: `rvs_sys::realserver` observes and acts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -42,6 +45,18 @@ pub struct Wanted {
     /// The administrator says that the routers and clients on the link hold static ARP entries for the VIPs: then it
     /// does no harm to answer, or to announce. It can't be seen from here.
     pub static_arp: bool,
+    /// UDP port that GUE comes to ([`Mode::Tun`]).
+    pub gue_port: u16,
+}
+
+/// Where GUE comes to unless told otherwise (IANA: gue).
+pub const GUE_PORT: u16 = 6080;
+
+/// What an interface takes out of tunnels: packets for these addresses, by IPIP, GRE, and GUE to this UDP port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decap {
+    pub vips: BTreeSet<IpAddr>,
+    pub gue_port: u16,
 }
 
 /// The host as it is.
@@ -52,6 +67,8 @@ pub struct Observed {
     pub ipv4_default_routes: Vec<Route>,
     /// The values of [`settings`]; one that is missing does not exist on this kernel.
     pub settings: BTreeMap<String, i64>,
+    /// By interface.
+    pub decap: BTreeMap<String, Decap>,
     /// For ARP rules that do the job of the settings.
     pub rules: Rules,
 }
@@ -67,6 +84,12 @@ pub enum Op {
         link: String,
         addr: Addr,
     },
+    /// Where tunnels end; `None`: not here.
+    Decap {
+        link: String,
+        old: Option<Decap>,
+        new: Option<Decap>,
+    },
     /// `key` is a path below /proc/sys.
     Set {
         key: String,
@@ -81,6 +104,7 @@ impl Op {
         match self.clone() {
             Self::AddAddr { link, addr } => Self::DelAddr { link, addr },
             Self::DelAddr { link, addr } => Self::AddAddr { link, addr },
+            Self::Decap { link, old, new } => Self::Decap { link, old: new, new: old },
             Self::Set { key, old, new } => Self::Set { key, old: new, new: old },
         }
     }
@@ -102,6 +126,11 @@ impl fmt::Display for Op {
                 if addr.flags & Addr::NODAD != 0 { f.write_str(" nodad") } else { Ok(()) }
             }
             Self::DelAddr { link, addr } => write!(f, "ip addr del {}/{} dev {link}", addr.ip, addr.prefix_len),
+            Self::Decap { link, new: None, .. } => write!(f, "tc filter del dev {link} ingress pref 21078"),
+            Self::Decap { link, new: Some(decap), .. } => {
+                write!(f, "rvs realserver up --mode tun --interface {link} --gue-port {}", decap.gue_port)?;
+                decap.vips.iter().try_for_each(|vip| write!(f, " --vip {vip}"))
+            }
             Self::Set { key, new, .. } => write!(f, "sysctl -w {}={new}", setting_name(key)),
         }
     }
@@ -150,6 +179,10 @@ pub enum Problem {
     StrictSource {
         link: String,
     },
+    /// Packets for the VIPs stay in their tunnels.
+    NotTakenOut {
+        link: String,
+    },
 }
 
 impl fmt::Display for Problem {
@@ -172,6 +205,7 @@ impl fmt::Display for Problem {
             Self::StrictSource { link } => {
                 write!(f, "{link} drops requests of clients that are routed by another interface: its rp_filter is 1")
             }
+            Self::NotTakenOut { link } => write!(f, "{link} leaves packets for the VIPs in their tunnels"),
         }
     }
 }
@@ -189,6 +223,7 @@ impl Problem {
             Self::AnnouncesVip { .. } => {
                 "replies carry the VIP as source, and asking for the next hop's address would show it"
             }
+            Self::NotTakenOut { .. } => "without a tunnel device of the kernel they reach nobody",
             Self::StrictSource { .. } => "strict reverse path filtering wants the way back to be the way in",
         }
     }
@@ -226,7 +261,7 @@ impl fmt::Display for Mend {
 /// Why it can't be done at all; nothing was looked at further.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    #[error("mode {0} is not possible yet: only dr is")]
+    #[error("mode {0} is not possible yet: only dr and tun are")]
     NotYet(&'static str),
     #[error("no VIP was given: name at least one with --vip")]
     NoVip,
@@ -249,8 +284,7 @@ impl Wanted {
     /// [`Refused`] for what can never work, whatever the host is like.
     pub fn check(&self) -> Result<(), Refused> {
         match self.mode {
-            Mode::Dr => {}
-            Mode::Tun => return Err(Refused::NotYet("tun")),
+            Mode::Dr | Mode::Tun => {}
             Mode::Fullnat => return Err(Refused::NotYet("fullnat")),
         }
         if self.vips.is_empty() {
@@ -328,6 +362,9 @@ pub fn desired(wanted: &Wanted, host: &Observed) -> Result<Vec<Finding>, Refused
     wanted.check()?;
     let interfaces = interfaces(wanted, &host.links)?;
     let mut findings = Vec::new();
+    if wanted.mode == Mode::Tun {
+        findings.extend(interfaces.iter().filter_map(|link| taken_out(wanted, host, link)));
+    }
     // Settings before addresses: nobody shall see the VIP in between.
     if wanted.ipv4().next().is_some() {
         for link in interfaces {
@@ -419,6 +456,19 @@ fn arp_announce(wanted: &Wanted, host: &Observed, link: &Link) -> Option<Finding
     }
     let problem = Problem::AnnouncesVip { link: link.name.clone(), value };
     Some(Finding { problem, mend: host.set_both(link, "arp_announce", 2) })
+}
+
+/// What is there already stays: VIPs add up.
+fn taken_out(wanted: &Wanted, host: &Observed, link: &Link) -> Option<Finding> {
+    let old = host.decap.get(&link.name);
+    let vips: BTreeSet<IpAddr> = wanted.vips.iter().copied().collect();
+    if old.is_some_and(|d| d.gue_port == wanted.gue_port && vips.is_subset(&d.vips)) {
+        return None;
+    }
+    let all = old.iter().flat_map(|d| d.vips.iter().copied()).chain(vips).collect();
+    let new = Some(Decap { vips: all, gue_port: wanted.gue_port });
+    let op = Op::Decap { link: link.name.clone(), old: old.cloned(), new };
+    Some(Finding { problem: Problem::NotTakenOut { link: link.name.clone() }, mend: Mend::Ops(vec![op]) })
 }
 
 /// Strict filtering is no problem where clients are answered by the interface they come in by.

@@ -239,7 +239,8 @@ impl Network {
                         u32::from_ne_bytes([d[4], d[5], s[0], s[1]]),
                         u32::from_ne_bytes([s[2], s[3], s[4], s[5]]),
                     ];
-                    Way::Hop { macs, ifindex, mtu: u16::try_from(hop.mtu).unwrap_or(u16::MAX) }
+                    let mtu = u16::try_from(hop.mtu).unwrap_or(u16::MAX);
+                    Way::Hop { macs, ifindex, mtu, source: route.pref_src }
                 }
                 NextHop::NotReady(why) => {
                     tracing::debug!(%address, %why, "no ready next hop; packet by packet by the kernel's tables");

@@ -43,6 +43,8 @@ pub mod map {
     pub const SERVICE_STATE: &str = "SERVICE_STATE";
     /// [`super::Dest`] by index; 0 is none.
     pub const DESTS: &str = "DESTS";
+    /// [`super::Tunnel`] by dest index.
+    pub const TUNNELS: &str = "TUNNELS";
     /// [`super::DestInfo`] by dest index.
     pub const DEST_INFO: &str = "DEST_INFO";
     /// [`super::DestState`] by dest index.
@@ -237,6 +239,32 @@ pub struct Dest {
     pub service: u32,
 }
 
+/// How packets for a dest are wrapped (method TUNNEL).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tunnel {
+    /// This host's address for the dest's, of its family; 0: not known yet.
+    pub source: [u8; 16],
+    /// Destination port of GUE (host order).
+    pub port: u16,
+    /// [`tunnel`].
+    pub kind: u8,
+    /// Bits [`tunnel`].
+    pub flags: u8,
+    pub spare: u32,
+}
+
+/// Kinds and flags of [`Tunnel`], with the kernel's numbers (`IP_VS_CONN_F_TUNNEL_TYPE_*`, `IP_VS_TUNNEL_ENCAP_FLAG_*`).
+pub mod tunnel {
+    pub const IPIP: u8 = 0;
+    pub const GUE: u8 = 1;
+    pub const GRE: u8 = 2;
+    /// With a checksum of the outer transport header.
+    pub const CSUM: u8 = 1;
+    /// Remote checksum offload: the same for packets whose checksum is finished, which all are that come from a network.
+    pub const REMCSUM: u8 = 2;
+}
+
 /// A dest, what only the control plane reads.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -248,8 +276,7 @@ pub struct DestInfo {
     pub last_weight: u32,
     pub upper_threshold: u32,
     pub lower_threshold: u32,
-    /// Port in the low half, then type (0 ipip, 1 gue, 2 gre) and checksum flags, a byte each.
-    pub tunnel: u32,
+    pub spare: u32,
     /// What `-Z` took from its counters (wrapping).
     pub offset: Stats,
 }
@@ -309,6 +336,7 @@ const _: () = {
     assert!(size_of::<ServiceState>() == 16);
     assert!(size_of::<ListEntry>() == 8);
     assert!(size_of::<Dest>() == 32);
+    assert!(size_of::<Tunnel>() == 24);
     assert!(size_of::<DestInfo>() == 24 + 40);
     assert!(size_of::<DestState>() == 32);
     assert!(size_of::<Stats>() == 40);

@@ -20,6 +20,7 @@ use crate::packet::{ETHERTYPE, Flow, Ip, L3, Packet, Window, parse};
 use crate::proto::tcp::{self, Way};
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
+use crate::tunnel;
 use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
 use crate::xmit::{self, End};
 
@@ -78,7 +79,7 @@ pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
 pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Stage, number: u32) -> Verdict {
     // What the packet says is kept when it may begin a flow.
     let kept = match stage {
-        Stage::Whole | Stage::Retire | Stage::Anew | Stage::TimeExceeded => None,
+        Stage::Whole | Stage::Retire | Stage::Anew | Stage::TimeExceeded | Stage::Tunnel | Stage::TooBig => None,
         _ => t.kept::<I>(),
     };
     let flow = match kept.map_or_else(|| parse::<I, P>(p), Ok) {
@@ -90,8 +91,10 @@ pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Sta
         Stage::Retire => retire(t, &flow),
         Stage::Linked => linked(p, t, &flow, number),
         Stage::Forward | Stage::Anew => forward(p, t, &flow, number),
-        Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded),
-        Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable),
+        Stage::Tunnel => into_tunnel(p, t, &flow, number),
+        Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded, 0),
+        Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable, 0),
+        Stage::TooBig => error(p, t, &flow, Error::TooBig, number),
         _ => open(t, &flow, stage, number),
     }
 }
@@ -190,6 +193,9 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
         // (A real server that is this host has none.)
         Some(hop) if hop.ifindex != 0 && flow.ttl > 1 => {
             t.count_in(index, flow.len);
+            if flags & dest::METHOD == dest::TUNNEL {
+                return Verdict::go(Stage::Tunnel, index);
+            }
             rewrite(p, flow, d, flags & dest::METHOD == dest::MASQ, hop)
         }
         _ => {
@@ -319,6 +325,9 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
     if flow.ttl <= 1 {
         return Verdict::go(Stage::TimeExceeded, 0);
     }
+    if flags & dest::METHOD == dest::TUNNEL {
+        return Verdict::go(Stage::Tunnel, index);
+    }
     let address = I::from_bytes(&d.address);
     let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
     let route = match hop.ifindex {
@@ -352,6 +361,53 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
         Route::NoNeighbour => drop(Reason::NoNeighbour),
         _ => drop(Reason::NoRoute),
     }
+}
+
+/// In a tunnel to the dest, of whichever family.
+#[inline(always)]
+fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32) -> Verdict {
+    let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
+    if d.out as u32 & dest::V6 != 0 {
+        wrap::<I, V6, P, T>(p, t, flow, index)
+    } else {
+        wrap::<I, V4, P, T>(p, t, flow, index)
+    }
+}
+
+#[inline(always)]
+fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32) -> Verdict {
+    let (Some(d), Some(by)) = (t.dest(index), t.tunnel(index)) else { return drop(Reason::Internal) };
+    let (source, to) = (O::from_bytes(&by.source), O::from_bytes(&d.address));
+    if source == O::Addr::default() {
+        // The way is not known yet, and so not by which of our addresses.
+        return drop(Reason::NoRoute);
+    }
+    let mut by = *by;
+    if !t.sized() {
+        // Whoever cuts it into segments would not make an outer checksum of each.
+        by.flags = 0;
+    }
+    let overhead = tunnel::overhead::<O>(&by);
+    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
+    let mut mtu = u32::from(d.mtu);
+    if hop.ifindex == 0 {
+        match t.route::<O>([source, to], O::TUNNELLED, 0, &mut hop) {
+            Route::Hop => mtu = 0,
+            Route::NoNeighbour => return drop(Reason::NoNeighbour),
+            _ => return drop(Reason::NoRoute),
+        }
+    }
+    // As large as an Ethernet frame, where nobody says otherwise.
+    let room = if mtu == 0 { 1500 } else { mtu }.saturating_sub(overhead);
+    if flow.len > room && t.sized() {
+        return if I::may_fragment(p) { drop(Reason::TooBig) } else { Verdict::go(Stage::TooBig, room) };
+    }
+    let to = d.address;
+    if !tunnel::wrap::<I, O, P>(p, flow, &by, &to, &hop) {
+        return drop(Reason::Internal);
+    }
+    let back = hop.ifindex == p.ifindex();
+    Verdict::new(if back { Action::Back } else { Action::Out(hop.ifindex) }, Reason::Tunnel)
 }
 
 /// The real server is this host: up, translated if it listens elsewhere.
@@ -445,16 +501,17 @@ pub fn leave<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Option<Verdict
 
 /// Answer the client with an ICMP error about this packet.
 #[inline(always)]
-fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, error: Error) -> Verdict {
+fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, error: Error, mtu: u32) -> Verdict {
     let (sent, limited) = match error {
         Error::TimeExceeded => (Reason::TtlExceeded, Reason::TtlLimited),
         Error::PortUnreachable => (Reason::NoDest, Reason::NoDestLimited),
+        Error::TooBig => (Reason::SentTooBig, Reason::TooBigLimited),
     };
     if !t.may_send_icmp() {
         return drop(limited);
     }
     // The IP id only tells fragments apart; the error is never fragmented.
-    if !I::answer(p, error, flow.key.sport()) {
+    if !I::answer(p, error, mtu, flow.key.sport()) {
         return drop(limited);
     }
     Verdict::new(Action::Back, sent)

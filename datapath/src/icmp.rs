@@ -1,20 +1,22 @@
 //! ICMP errors that the director itself sends: time exceeded and port unreachable, from the virtual address, quoting the packet as the
 //! kernel does (`icmp_send`, `icmp6_send`): it came for a local address, so the answer comes from that address.
 
-use crate::conn::Addressing;
 use crate::csum;
 use crate::ct::{V4, V6};
 use crate::packet::{Ip, L3, Packet, Window};
 
 /// The packet becomes this error about itself. False: it can't (too short, no room in front).
 pub trait Answer: Ip {
-    fn answer<P: Packet>(p: &mut P, error: Error, id: u16) -> bool;
+    /// `mtu`: for [`Error::TooBig`].
+    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, id: u16) -> bool;
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Error {
     TimeExceeded,
     PortUnreachable,
+    /// Fragmentation needed, packet too big.
+    TooBig,
 }
 
 /// An ICMPv4 error is at most 576 bytes long with its IP header (RFC 1812 4.3.2.3, `icmp_send`): the quote 548.
@@ -79,7 +81,7 @@ fn ethernet(w: &mut impl Window, macs: [u32; 3], ethertype: u16) {
 
 impl Answer for V4 {
     #[inline(always)]
-    fn answer<P: Packet>(p: &mut P, error: Error, id: u16) -> bool {
+    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, id: u16) -> bool {
         let Some(ends) = ends::<V4, P>(p) else { return false };
         let Some((quoted, sum)) = quote::<V4, P>(p, QUOTE4) else { return false };
         let Some(mut w) = p.window(L3 + 28) else { return false };
@@ -101,17 +103,19 @@ impl Answer for V4 {
         let type_code: u16 = match error {
             Error::TimeExceeded => 11 << 8,
             Error::PortUnreachable => 3 << 8 | 3,
+            Error::TooBig => 3 << 8 | 4,
         };
+        let mtu = (mtu & 0xffff).to_be();
         w.w16(V4::L4, type_code.to_be());
-        w.w16(V4::L4 + 2, !csum::fold(sum + u64::from(type_code.to_be())));
-        w.w32(V4::L4 + 4, 0);
+        w.w16(V4::L4 + 2, !csum::fold(sum + u64::from(type_code.to_be()) + u64::from(mtu)));
+        w.w32(V4::L4 + 4, mtu);
         true
     }
 }
 
 impl Answer for V6 {
     #[inline(always)]
-    fn answer<P: Packet>(p: &mut P, error: Error, _: u16) -> bool {
+    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, _: u16) -> bool {
         let Some(ends) = ends::<V6, P>(p) else { return false };
         let Some((quoted, sum)) = quote::<V6, P>(p, QUOTE6) else { return false };
         let Some(mut w) = p.window(L3 + 48) else { return false };
@@ -125,18 +129,14 @@ impl Answer for V6 {
         let type_code: u16 = match error {
             Error::TimeExceeded => 3 << 8,
             Error::PortUnreachable => 1 << 8 | 4,
+            Error::TooBig => 2 << 8,
         };
-        let pseudo =
-            sum_address(ends.vip) + sum_address(ends.client) + u64::from(len.to_be()) + u64::from(58u16.to_be());
+        let mtu = mtu.to_be();
+        let pseudo = V6::sum(ends.vip) + V6::sum(ends.client) + u64::from(len.to_be()) + u64::from(58u16.to_be());
         w.w16(V6::L4, type_code.to_be());
-        w.w16(V6::L4 + 2, !csum::fold(u64::from(csum::fold(sum)) + pseudo + u64::from(type_code.to_be())));
-        w.w32(V6::L4 + 4, 0);
+        let rest = u64::from(type_code.to_be()) + u64::from(mtu);
+        w.w16(V6::L4 + 2, !csum::fold(u64::from(csum::fold(sum)) + pseudo + rest));
+        w.w32(V6::L4 + 4, mtu);
         true
     }
-}
-
-#[inline(always)]
-fn sum_address(a: <V6 as Addressing>::Addr) -> u64 {
-    let halves = |v: u64| (v & 0xffff_ffff) + (v >> 32);
-    halves(a[0]) + halves(a[1])
 }

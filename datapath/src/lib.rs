@@ -17,5 +17,6 @@ pub mod packet;
 pub mod proto;
 pub mod sched;
 pub mod tables;
+pub mod tunnel;
 pub mod verdict;
 pub mod xmit;

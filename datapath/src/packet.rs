@@ -24,6 +24,16 @@ pub trait Packet {
     fn sum_from(&self, from: usize, most: usize) -> u64;
     /// Put `n` bytes in front (their content is undefined).
     fn grow_head(&mut self, n: usize) -> bool;
+    /// Make room for an outer header of family `O` and what follows it, `n` bytes in all, of this IP protocol: between the Ethernet header
+    /// and the packet, the Ethernet header being written anew afterwards. A method, since the kernel has to know of large packets what
+    /// they are wrapped in.
+    #[inline(always)]
+    fn wrap<O: Ip>(&mut self, n: usize, _protocol: u8) -> bool {
+        self.grow_head(n)
+    }
+    /// The outer headers are written: `n` bytes behind the Ethernet header.
+    #[inline(always)]
+    fn wrapped<I: Ip>(&mut self, _n: usize) {}
     /// Cut the packet to `len` bytes.
     fn cut(&mut self, len: usize) -> bool;
 }
@@ -46,6 +56,7 @@ pub const ETHERTYPE: usize = 12;
 
 pub const IP_TCP: u8 = 6;
 pub const IP_UDP: u8 = 17;
+pub const IP_GRE: u8 = 47;
 pub const IP_ICMP: u8 = 1;
 pub const IP_ICMP6: u8 = 58;
 
@@ -61,6 +72,9 @@ pub trait Ip: Addressing {
     const SOURCE: usize;
     const DESTINATION: usize;
     const FAMILY: u8;
+    const ETHERTYPE: u16;
+    /// IP protocol number of such a packet inside another.
+    const TUNNELLED: u8;
     fn address(w: &impl Window, at: usize) -> Self::Addr;
     /// Source and destination address as key words.
     fn addresses(w: &impl Window) -> Self::Words;
@@ -70,6 +84,23 @@ pub trait Ip: Addressing {
     fn from_bytes(bytes: &[u8; 16]) -> Self::Addr;
     /// No host that a reply could reach has this source address (RFC 1122 3.2.1.3, RFC 4291 2.5).
     fn martian(source: Self::Addr) -> bool;
+    /// Ones-complement sum of an address.
+    fn sum(address: Self::Addr) -> u64;
+    /// TOS; flags and offset as the header of a tunnel is to have them, in host order (only DF); id.
+    fn service(w: &impl Window) -> (u8, u16, u16);
+    /// May routers fragment the packet? (IPv4 without DF.)
+    fn may_fragment<P: Packet>(p: &mut P) -> bool;
+    /// Ones-complement sum of a whole packet of this length whose checksums are right.
+    fn whole_sum(w: &impl Window, protocol: u8, len: u32) -> u64;
+    /// A header from source to destination, with the length of what follows it; TOS and TTL; id and flags (IPv4).
+    fn set_header(
+        w: &mut impl Window,
+        ends: [Self::Addr; 2],
+        protocol: u8,
+        len: u16,
+        tos_ttl: [u8; 2],
+        id_fragment: [u16; 2],
+    );
     /// Header sanity. Gives the transport protocol and the length of the IP packet.
     fn check(w: &impl Window, frame_len: u32) -> Result<(u8, u32), Verdict>;
     /// TTL - 1, and the header checksum for that (`ip_decrease_ttl`). The TTL is not 0.
@@ -89,6 +120,8 @@ impl Ip for V4 {
     const SOURCE: usize = L3 + 12;
     const DESTINATION: usize = L3 + 16;
     const FAMILY: u8 = 4;
+    const ETHERTYPE: u16 = 0x0800;
+    const TUNNELLED: u8 = 4;
     #[inline(always)]
     fn address(w: &impl Window, at: usize) -> u32 {
         w.r32(at)
@@ -152,6 +185,48 @@ impl Ip for V4 {
         w.w16(Self::TTL, w.r16(Self::TTL).wrapping_sub(TTL_UNIT));
     }
     #[inline(always)]
+    fn sum(address: u32) -> u64 {
+        u64::from(address)
+    }
+    #[inline(always)]
+    fn service(w: &impl Window) -> (u8, u16, u16) {
+        let df = u16::from_be(w.r16(L3 + 6)) & 0x4000;
+        (w.r8(L3 + 1), df, if df != 0 { 0 } else { u16::from_be(w.r16(L3 + 4)) })
+    }
+    #[inline(always)]
+    fn may_fragment<P: Packet>(p: &mut P) -> bool {
+        p.window(Self::L4).is_some_and(|w| w.r16(L3 + 6) & 0x4000u16.to_be() == 0)
+    }
+    #[inline(always)]
+    fn whole_sum(w: &impl Window, protocol: u8, len: u32) -> u64 {
+        // The header's own sum is nothing; that of the segment what its pseudo-header lacks.
+        let pseudo = Self::sum(w.r32(Self::SOURCE)) + Self::sum(w.r32(Self::DESTINATION));
+        let pseudo = pseudo + u64::from(u16::from(protocol).to_be()) + u64::from(((len - 20) as u16).to_be());
+        u64::from(!crate::csum::fold(pseudo))
+    }
+    #[inline(always)]
+    fn set_header(
+        w: &mut impl Window,
+        [source, destination]: [u32; 2],
+        protocol: u8,
+        len: u16,
+        [tos, ttl]: [u8; 2],
+        [id, fragment]: [u16; 2],
+    ) {
+        let words =
+            [0x4500 | u16::from(tos), len.wrapping_add(20), id, fragment, u16::from(ttl) << 8 | u16::from(protocol)];
+        let mut sum = Self::sum(source) + Self::sum(destination);
+        let mut i = 0;
+        while i < words.len() {
+            w.w16(L3 + 2 * i, words[i].to_be());
+            sum += u64::from(words[i].to_be());
+            i += 1;
+        }
+        w.w16(L3 + 10, !crate::csum::fold(sum));
+        w.w32(Self::SOURCE, source);
+        w.w32(Self::DESTINATION, destination);
+    }
+    #[inline(always)]
     fn fix_header(w: &mut impl Window, addresses: Delta) {
         w.w16(L3 + 10, crate::csum::adjust(w.r16(L3 + 10), addresses));
     }
@@ -163,6 +238,8 @@ impl Ip for V6 {
     const SOURCE: usize = L3 + 8;
     const DESTINATION: usize = L3 + 24;
     const FAMILY: u8 = 6;
+    const ETHERTYPE: u16 = 0x86dd;
+    const TUNNELLED: u8 = 41;
     #[inline(always)]
     fn address(w: &impl Window, at: usize) -> [u64; 2] {
         [w.r64(at), w.r64(at + 8)]
@@ -226,6 +303,43 @@ impl Ip for V6 {
     #[inline(always)]
     fn forward_header(w: &mut impl Window, _: Delta) {
         Self::count_down(w);
+    }
+    #[inline(always)]
+    fn sum(a: [u64; 2]) -> u64 {
+        let halves = |v: u64| (v & 0xffff_ffff) + (v >> 32);
+        halves(a[0]) + halves(a[1])
+    }
+    #[inline(always)]
+    fn service(w: &impl Window) -> (u8, u16, u16) {
+        // Routers don't fragment IPv6, and so not what carries it.
+        ((u16::from_be(w.r16(L3)) >> 4) as u8, 0x4000, 0)
+    }
+    #[inline(always)]
+    fn may_fragment<P: Packet>(_: &mut P) -> bool {
+        false
+    }
+    #[inline(always)]
+    fn whole_sum(w: &impl Window, protocol: u8, len: u32) -> u64 {
+        let [a, b] = [Self::address(w, Self::SOURCE), Self::address(w, Self::DESTINATION)];
+        let addresses = Self::sum(a) + Self::sum(b);
+        let pseudo = addresses + u64::from(u16::from(protocol).to_be()) + u64::from(((len - 40) as u16).to_be());
+        let header = u64::from(w.r32(L3)) + u64::from(w.r32(L3 + 4)) + addresses;
+        header + u64::from(!crate::csum::fold(pseudo))
+    }
+    #[inline(always)]
+    fn set_header(
+        w: &mut impl Window,
+        [source, destination]: [[u64; 2]; 2],
+        protocol: u8,
+        len: u16,
+        [tos, ttl]: [u8; 2],
+        _: [u16; 2],
+    ) {
+        w.w32(L3, (0x6000_0000 | u32::from(tos) << 20).to_be());
+        w.w16(L3 + 4, len.to_be());
+        w.w16(L3 + 6, (u16::from(protocol) << 8 | u16::from(ttl)).to_be());
+        Self::set_address(w, Self::SOURCE, source);
+        Self::set_address(w, Self::DESTINATION, destination);
     }
     #[inline(always)]
     fn fix_header(_: &mut impl Window, _: Delta) {}

@@ -1,6 +1,6 @@
 //! What the pipeline reads and writes beside the packet: the maps of `abi`, as a trait. BPF maps in the kernel, plain memory in tests.
 
-use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Service, ServiceKey};
+use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Service, ServiceKey, Tunnel};
 use crate::conn::Conns;
 use crate::ct::{V4, V6};
 use crate::packet::{Flow, Ip};
@@ -35,6 +35,7 @@ pub trait Tables {
     fn service_index(&self, key: &ServiceKey) -> Option<u32>;
     fn service(&self, index: u32) -> Option<&Service>;
     fn dest(&self, index: u32) -> Option<&Dest>;
+    fn tunnel(&self, dest: u32) -> Option<&Tunnel>;
     fn list(&self, at: u32) -> Option<ListEntry>;
     /// Place of a hash scheduler's table; 0 (no dest) is `None`.
     fn table(&self, at: u32) -> Option<u32>;
@@ -67,6 +68,11 @@ pub trait Tables {
     fn may_send_icmp(&self) -> bool;
     /// Ask the kernel for the way from `ends[0]` to `ends[1]`; `hop` is filled if it is known.
     fn route<I: Ip>(&self, ends: [I::Addr; 2], protocol: u8, len: u32, hop: &mut Hop) -> Route;
+    /// Is the packet's length that of what is sent, and not that of segments to be cut?
+    #[inline(always)]
+    fn sized(&self) -> bool {
+        true
+    }
     /// Can the kernel be given a packet to send when it has resolved the next hop that `route` found without a MAC address?
     #[inline(always)]
     fn resolves(&self) -> bool {

@@ -41,6 +41,10 @@ pub enum Stage {
     /// To the dest that the number says, of a connection that has been seen to and needs more than a rewrite (the next hop is not
     /// ready, the server is this host, the TTL is used up).
     Anew = 11,
+    /// Into a tunnel to the dest that the number says.
+    Tunnel = 12,
+    /// Answer the client that the packet is too large; the number is how large it may be.
+    TooBig = 13,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -100,7 +104,9 @@ impl Verdict {
             8 => Stage::PortUnreachable,
             9 => Stage::Forward,
             10 => Stage::Linked,
-            _ => Stage::Anew,
+            11 => Stage::Anew,
+            12 => Stage::Tunnel,
+            _ => Stage::TooBig,
         };
         Some((stage, (self.0 >> 16) as u32))
     }
@@ -167,10 +173,12 @@ reasons! {
     Route "dr" Forward "sent to a real server by direct routing";
     Masq "nat" Forward "sent to a real server by NAT";
     MasqReply "nat_reply" Forward "reply of a real server, sent to the client from the virtual address";
+    Tunnel "tun" Forward "sent to a real server in a tunnel";
     Local "local" Forward "the real server is this host: handed up";
     ByKernel "nat_by_kernel" Forward "translated, and left to the kernel's forwarding: no ready next hop";
     TtlExceeded "ttl_exceeded" Answer "TTL used up: time exceeded sent to the client";
     NoDest "no_dest" Answer "no available real server: port unreachable sent to the client";
+    SentTooBig "too_big" Answer "too large for the tunnel: fragmentation needed, or packet too big, sent to the client";
     NotIp "not_ip" Pass "not IPv4 or IPv6";
     OtherMac "other_mac" Pass "not for this interface's MAC address";
     OtherInterface "other_interface" Pass "interface not in the configuration";
@@ -193,6 +201,8 @@ reasons! {
     NoRoute "no_route" Drop "no route to the real server";
     TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second";
     NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
+    TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, which is not done here: raise the MTU towards the real servers";
+    TooBigLimited "too_big_limited" Drop "too large for the tunnel: not answered, too many ICMP errors this second";
     LoopbackDest "loopback_dest" Drop "the real server is a loopback address of this host, where no packet from outside may go: use -g, or another address";
     Internal "internal" Drop "a table of the data plane is missing an entry (a bug)";
 }

@@ -10,6 +10,7 @@ use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use rvs_datapath::abi::{
     Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState,
+    Tunnel,
 };
 use rvs_datapath::ct::{Family, V4, V6};
 use rvs_datapath::packet::{Flow, Ip};
@@ -30,6 +31,7 @@ flat! {
     Services("SERVICES"): Service;
     ServiceStates("SERVICE_STATE"): ServiceState;
     Dests("DESTS"): Dest;
+    Tunnels("TUNNELS"): Tunnel;
     DestStates("DEST_STATE"): DestState;
     DestStats("DEST_STATS"): CpuStats;
     Lists("LISTS"): ListEntry;
@@ -156,6 +158,11 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         unsafe { Some(&*Dests::at(index)) }
     }
     #[inline(always)]
+    fn tunnel(&self, dest: u32) -> Option<&Tunnel> {
+        // SAFETY: see above.
+        unsafe { Some(&*Tunnels::at(dest)) }
+    }
+    #[inline(always)]
     fn list(&self, at: u32) -> Option<ListEntry> {
         // SAFETY: see above.
         unsafe { Some(*Lists::at(at)) }
@@ -257,6 +264,10 @@ impl<const SKB: bool> Tables for Maps<SKB> {
             refused if FIB_REFUSED.contains(&refused) => Route::None,
             _ => Route::Kernel,
         }
+    }
+    #[inline(always)]
+    fn sized(&self) -> bool {
+        self.sized
     }
     #[inline(always)]
     fn resolves(&self) -> bool {

@@ -2,13 +2,18 @@
 //! their checksums, which has to stay true: unfinished (CHECKSUM_PARTIAL: the field holds the pseudo-header's sum only), summed up by
 //! the device (CHECKSUM_COMPLETE: `skb->csum`), or neither.
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_GRE,
+    BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR,
+};
 use aya_ebpf::helpers::{
-    bpf_csum_update, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
+    bpf_csum_diff, bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
+    bpf_skb_pull_data,
 };
 use rvs_datapath::csum::Delta;
 use rvs_datapath::ct::V6;
-use rvs_datapath::packet::{IP_TCP, IP_UDP, Ip, L3, Packet, Window};
+use rvs_datapath::packet::{IP_GRE, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 
 use crate::ctx::{Bytes, sum};
 
@@ -34,7 +39,7 @@ impl Skb {
         packet
     }
     #[inline(always)]
-    fn reread(&mut self) {
+    pub fn reread(&mut self) {
         // SAFETY: fields of the context.
         unsafe { (self.at, self.end) = ((*self.skb).data as usize, (*self.skb).data_end as usize) };
     }
@@ -135,6 +140,31 @@ impl Packet for Skb {
         let done = unsafe { bpf_skb_change_head(self.skb, n as u32, 0) } == 0;
         self.reread();
         done
+    }
+    #[inline(always)]
+    fn wrap<O: Ip>(&mut self, n: usize, protocol: u8) -> bool {
+        let outer = if O::FAMILY == 4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
+        let transport = match protocol {
+            IP_UDP => BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
+            IP_GRE => BPF_F_ADJ_ROOM_ENCAP_L4_GRE,
+            _ => 0,
+        };
+        // SAFETY: the context of this program.
+        let done =
+            unsafe { bpf_skb_adjust_room(self.skb, n as i32, BPF_ADJ_ROOM_MAC, (outer | transport) as u64) } == 0;
+        self.reread();
+        done
+    }
+    #[inline(always)]
+    fn wrapped<I: Ip>(&mut self, n: usize) {
+        let Some(w) = self.window(L3 + n) else { return };
+        // SAFETY: bytes of the packet, checked; a multiple of four.
+        let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, w.at.add(L3) as *mut u32, n as u32, 0) };
+        self.tell_sum(sum as u32);
+        if I::FAMILY == 6 {
+            // The inner hop limit, one less.
+            self.tell_sum(!u32::from(u16::from_ne_bytes([0, 1])));
+        }
     }
     /// In one piece then, no longer to be cut into segments, and without a sum of the device's.
     #[inline(always)]

@@ -11,7 +11,8 @@ use crate::maps::Maps;
 /// The function of a stage, called: those of one family and hook, by name.
 macro_rules! call {
     ($stage:ident, $number:ident, $ctx:expr, $whole:expr, [$first:ident $enter:ident $link:ident $make_way:ident $give_up:ident],
-     [$retire:ident $forward:ident $linked:ident $anew:ident $time_exceeded:ident $port_unreachable:ident]) => {
+     [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
+      $too_big:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::$first(),
@@ -23,6 +24,8 @@ macro_rules! call {
             Stage::Forward => $forward($ctx, $number),
             Stage::Linked => $linked($ctx, $number),
             Stage::Anew => $anew($ctx, $number),
+            Stage::Tunnel => $tunnel($ctx, $number),
+            Stage::TooBig => $too_big($ctx, $number),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),
         })

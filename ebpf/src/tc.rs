@@ -96,11 +96,11 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
     match core::arrive(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 make_way4 give_up4],
-                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_time_exceeded4 tc_port_unreachable4])
+                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 make_way6 give_up6],
-                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_time_exceeded6 tc_port_unreachable6])
+                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6])
         }),
         Err(verdict) => verdict,
     }
@@ -112,7 +112,7 @@ macro_rules! stages {
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff $(, $number: u32)?) -> u64 {
             let mut packet = Skb::new(skb);
-            if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable) {
+            if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable | Stage::TooBig) {
                 packet.look_at_checksum::<$family>();
             }
             let number = 0 $(+ $number)?;
@@ -131,6 +131,10 @@ stages! {
     tc_linked6(place) V6, Linked;
     tc_anew4(dest) V4, Anew;
     tc_anew6(dest) V6, Anew;
+    tc_tunnel4(dest) V4, Tunnel;
+    tc_tunnel6(dest) V6, Tunnel;
+    tc_too_big4(mtu) V4, TooBig;
+    tc_too_big6(mtu) V6, TooBig;
     tc_time_exceeded4() V4, TimeExceeded;
     tc_time_exceeded6() V6, TimeExceeded;
     tc_port_unreachable4() V4, PortUnreachable;

@@ -10,9 +10,11 @@ use std::path::{Path, PathBuf};
 
 use rvs_control::firewall::Rules;
 use rvs_control::net::{Addr, Scope};
-use rvs_control::realserver::{self, Mode, Observed, Op, Refused, Wanted};
+use rvs_control::realserver::{self, Decap, Mode, Observed, Op, Refused, Wanted};
 use serde::{Deserialize, Serialize};
 
+use crate::bpf::BpfError;
+use crate::bpf::decap::Tunnels;
 use crate::netlink::{Net, NetError};
 use crate::netns::NetNs;
 use crate::sysctl::{Sysctl, SysctlError};
@@ -29,6 +31,8 @@ pub enum RealserverError {
     Net(#[from] NetError),
     #[error(transparent)]
     Sysctl(#[from] SysctlError),
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
     #[error("cannot {what} the record {}: {source}", .path.display())]
     Record { what: &'static str, path: PathBuf, source: io::Error },
     #[error("the record {} cannot be understood ({why}); move it away if nothing is to be taken back", .path.display())]
@@ -58,12 +62,22 @@ pub enum Down {
 ///
 /// # Errors
 /// [`RealserverError::Net`], [`RealserverError::Sysctl`].
-pub async fn observe(net: &impl Net, sysctl: &impl Sysctl, rules: Rules) -> Result<Observed, RealserverError> {
+pub async fn observe(
+    net: &impl Net,
+    sysctl: &impl Sysctl,
+    tunnels: &impl Tunnels,
+    rules: Rules,
+) -> Result<Observed, RealserverError> {
     let links = net.links().await?;
     let mut host = Observed { rules, ..Observed::default() };
     for key in realserver::settings(&links) {
         if let Some(value) = sysctl.read(&key)? {
             host.settings.insert(key, value);
+        }
+    }
+    for link in links.iter().filter(|l| l.ethernet && !l.loopback) {
+        if let Some(decap) = tunnels.get(&link.name)? {
+            host.decap.insert(link.name.clone(), decap);
         }
     }
     host.links = links;
@@ -80,6 +94,7 @@ pub async fn observe(net: &impl Net, sysctl: &impl Sysctl, rules: Rules) -> Resu
 pub async fn up(
     net: &impl Net,
     sysctl: &impl Sysctl,
+    tunnels: &impl Tunnels,
     wanted: &Wanted,
     rules: Rules,
     record: &RecordFile,
@@ -87,13 +102,13 @@ pub async fn up(
     wanted.check()?;
     let _lock = record.lock()?;
     let before = record.read()?;
-    let ops = realserver::plan_up(wanted, &observe(net, sysctl, rules).await?)?;
+    let ops = realserver::plan_up(wanted, &observe(net, sysctl, tunnels, rules).await?)?;
     let merged = before.clone().unwrap_or_default().told(wanted).and(&ops);
     record.write(Some(&merged))?;
     for (done, op) in ops.iter().enumerate() {
-        let Err(error) = apply(net, sysctl, op).await else { continue };
+        let Err(error) = apply(net, sysctl, tunnels, op).await else { continue };
         let undo: Vec<Op> = ops[..done].iter().rev().map(Op::inverse).collect();
-        let (left, problems, _) = take_back(net, sysctl, &undo).await;
+        let (left, problems, _) = take_back(net, sysctl, tunnels, &undo).await;
         if left.is_empty() {
             record.write(before.as_ref())?;
             return Err(error);
@@ -109,10 +124,15 @@ pub async fn up(
 ///
 /// # Errors
 /// [`RealserverError::Left`] when something could not be put back; the rest was.
-pub async fn down(net: &impl Net, sysctl: &impl Sysctl, record: &RecordFile) -> Result<Down, RealserverError> {
+pub async fn down(
+    net: &impl Net,
+    sysctl: &impl Sysctl,
+    tunnels: &impl Tunnels,
+    record: &RecordFile,
+) -> Result<Down, RealserverError> {
     let _lock = record.lock()?;
     let Some(before) = record.read()? else { return Ok(Down::Nothing) };
-    let (left, problems, notes) = take_back(net, sysctl, &before.undo).await;
+    let (left, problems, notes) = take_back(net, sysctl, tunnels, &before.undo).await;
     if left.is_empty() {
         record.write(None)?;
         return Ok(Down::Restored { notes });
@@ -121,20 +141,26 @@ pub async fn down(net: &impl Net, sysctl: &impl Sysctl, record: &RecordFile) -> 
     Err(RealserverError::Left(problems))
 }
 
-async fn apply(net: &impl Net, sysctl: &impl Sysctl, op: &Op) -> Result<(), RealserverError> {
+async fn apply(net: &impl Net, sysctl: &impl Sysctl, tunnels: &impl Tunnels, op: &Op) -> Result<(), RealserverError> {
     match op {
         Op::AddAddr { addr, .. } => net.add_addr(addr).await.map(|_| ())?,
         Op::DelAddr { addr, .. } => net.del_addr(addr.ifindex, addr.ip, addr.prefix_len).await.map(|_| ())?,
+        Op::Decap { link, new, .. } => tunnels.set(link, new.as_ref())?,
         Op::Set { key, new, .. } => sysctl.write(key, *new).map(|_| ())?,
     }
     Ok(())
 }
 
 /// All of `undo` in turn, whatever fails: what is left with the reasons, and notes.
-async fn take_back(net: &impl Net, sysctl: &impl Sysctl, undo: &[Op]) -> (Vec<Op>, Vec<String>, Vec<String>) {
+async fn take_back(
+    net: &impl Net,
+    sysctl: &impl Sysctl,
+    tunnels: &impl Tunnels,
+    undo: &[Op],
+) -> (Vec<Op>, Vec<String>, Vec<String>) {
     let (mut left, mut problems, mut notes) = (Vec::new(), Vec::new(), Vec::new());
     for op in undo {
-        match take_back_one(net, sysctl, op).await {
+        match take_back_one(net, sysctl, tunnels, op).await {
             Ok(note) => notes.extend(note),
             Err(error) => {
                 left.push(op.clone());
@@ -145,7 +171,12 @@ async fn take_back(net: &impl Net, sysctl: &impl Sysctl, undo: &[Op]) -> (Vec<Op
     (left, problems, notes)
 }
 
-async fn take_back_one(net: &impl Net, sysctl: &impl Sysctl, op: &Op) -> Result<Option<String>, RealserverError> {
+async fn take_back_one(
+    net: &impl Net,
+    sysctl: &impl Sysctl,
+    tunnels: &impl Tunnels,
+    op: &Op,
+) -> Result<Option<String>, RealserverError> {
     match op {
         Op::Set { key, old, new } => {
             let Some(now) = sysctl.read(key)? else { return Ok(Some(format!("{key} is gone with its interface"))) };
@@ -154,6 +185,13 @@ async fn take_back_one(net: &impl Net, sysctl: &impl Sysctl, op: &Op) -> Result<
             }
             let changed = now != *old && now != *new;
             Ok(changed.then(|| format!("{key} was {now}, not the {old} that was set; it is {new} again")))
+        }
+        Op::Decap { link, new, .. } => {
+            if !net.links().await?.iter().any(|l| l.name == *link) {
+                return Ok(Some(format!("the program for tunnels is gone with {link}")));
+            }
+            tunnels.set(link, new.as_ref())?;
+            Ok(None)
         }
         Op::AddAddr { link, addr } | Op::DelAddr { link, addr } => {
             let Some(ifindex) = net.links().await?.into_iter().find(|l| l.name == *link).map(|l| l.ifindex) else {
@@ -177,6 +215,8 @@ struct Record {
     vips: Vec<IpAddr>,
     interfaces: Vec<String>,
     static_arp: bool,
+    /// With tunnels: where GUE comes to.
+    gue_port: Option<u16>,
     undo: Vec<Op>,
 }
 
@@ -188,6 +228,7 @@ impl Record {
         self.vips = vips;
         self.interfaces.clone_from(&wanted.interfaces);
         self.static_arp = wanted.static_arp;
+        self.gue_port = (wanted.mode == Mode::Tun).then_some(wanted.gue_port);
         self
     }
 
@@ -198,6 +239,7 @@ impl Record {
 
     fn before(self, newer: Vec<Op>) -> Self {
         let known = |op: &Op| match op {
+            Op::Decap { link, .. } => self.undo.iter().any(|o| matches!(o, Op::Decap { link: l, .. } if l == link)),
             Op::Set { key, .. } => self.undo.iter().any(|o| matches!(o, Op::Set { key: k, .. } if k == key)),
             op => self.undo.contains(op),
         };
@@ -223,6 +265,8 @@ struct Stored {
     vips: Vec<IpAddr>,
     interfaces: Vec<String>,
     static_arp: bool,
+    #[serde(default)]
+    gue_port: Option<u16>,
     undo: Vec<StoredOp>,
 }
 
@@ -233,6 +277,27 @@ enum StoredOp {
     AddAddr { link: String, addr: StoredAddr },
     DelAddr { link: String, addr: StoredAddr },
     Set { key: String, from: i64, to: i64 },
+    Decap { link: String, from: Option<StoredDecap>, to: Option<StoredDecap> },
+}
+
+/// [`Decap`] on disk.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredDecap {
+    vips: Vec<IpAddr>,
+    gue_port: u16,
+}
+
+impl From<Decap> for StoredDecap {
+    fn from(d: Decap) -> Self {
+        Self { vips: d.vips.into_iter().collect(), gue_port: d.gue_port }
+    }
+}
+
+impl From<StoredDecap> for Decap {
+    fn from(d: StoredDecap) -> Self {
+        Self { vips: d.vips.into_iter().collect(), gue_port: d.gue_port }
+    }
 }
 
 /// [`Addr`] on disk, without the interface, which goes by name.
@@ -290,10 +355,11 @@ impl RecordFile {
     /// When the record can't be read, or is of another namespace.
     pub fn told(&self) -> Result<Option<Wanted>, RealserverError> {
         let wanted = |record: Record| Wanted {
-            mode: Mode::Dr,
+            mode: if record.gue_port.is_some() { Mode::Tun } else { Mode::Dr },
             vips: record.vips,
             interfaces: record.interfaces,
             static_arp: record.static_arp,
+            gue_port: record.gue_port.unwrap_or(realserver::GUE_PORT),
         };
         Ok(self.read()?.map(wanted))
     }
@@ -317,8 +383,14 @@ impl RecordFile {
             let (path, theirs, ours) = (self.path.clone(), stored.netns, self.namespace.inode);
             return Err(RealserverError::OtherNamespace { path, theirs, ours });
         }
-        let Stored { vips, interfaces, static_arp, .. } = stored;
-        Ok(Some(Record { vips, interfaces, static_arp, undo: stored.undo.into_iter().map(Op::from).collect() }))
+        let Stored { vips, interfaces, static_arp, gue_port, .. } = stored;
+        Ok(Some(Record {
+            vips,
+            interfaces,
+            static_arp,
+            gue_port,
+            undo: stored.undo.into_iter().map(Op::from).collect(),
+        }))
     }
 
     /// Replace the record in one step; `None` removes it.
@@ -336,6 +408,7 @@ impl RecordFile {
             vips: record.vips.clone(),
             interfaces: record.interfaces.clone(),
             static_arp: record.static_arp,
+            gue_port: record.gue_port,
             undo: record.undo.iter().map(StoredOp::from).collect(),
         };
         let text = serde_json::to_string_pretty(&stored).map_err(|e| self.failed("write")(e.into()))?;
@@ -357,6 +430,9 @@ impl From<&Op> for StoredOp {
             Op::AddAddr { link, addr } => Self::AddAddr { link, addr: addr.into() },
             Op::DelAddr { link, addr } => Self::DelAddr { link, addr: addr.into() },
             Op::Set { key, old, new } => Self::Set { key, from: old, to: new },
+            Op::Decap { link, old, new } => {
+                Self::Decap { link, from: old.map(StoredDecap::from), to: new.map(StoredDecap::from) }
+            }
         }
     }
 }
@@ -367,6 +443,9 @@ impl From<StoredOp> for Op {
             StoredOp::AddAddr { link, addr } => Self::AddAddr { link, addr: addr.into() },
             StoredOp::DelAddr { link, addr } => Self::DelAddr { link, addr: addr.into() },
             StoredOp::Set { key, from, to } => Self::Set { key, old: from, new: to },
+            StoredOp::Decap { link, from, to } => {
+                Self::Decap { link, old: from.map(Decap::from), new: to.map(Decap::from) }
+            }
         }
     }
 }
@@ -407,8 +486,10 @@ mod tests {
     use rvs_control::net::{Link, Mac};
 
     use super::*;
+    use crate::bpf::decap::FakeTunnels;
     use crate::netlink::fake::{FakeNet, World};
     use crate::sysctl::fake::FakeSysctl;
+    use rvs_control::realserver::GUE_PORT;
 
     /// A folder that goes away with the test.
     struct Folder(PathBuf);
@@ -462,7 +543,7 @@ mod tests {
 
     fn wanted(vips: &[&str]) -> Wanted {
         let vips = vips.iter().map(|v| v.parse().unwrap()).collect();
-        Wanted { mode: Mode::Dr, vips, interfaces: Vec::new(), static_arp: false }
+        Wanted { mode: Mode::Dr, vips, interfaces: Vec::new(), static_arp: false, gue_port: GUE_PORT }
     }
 
     fn state(net: &FakeNet, sysctl: &FakeSysctl) -> (World, BTreeMap<String, i64>) {
@@ -475,23 +556,29 @@ mod tests {
         let record = folder.record(7, None);
         let (net, sysctl) = host();
         let before = state(&net, &sysctl);
-        assert_eq!(down(&net, &sysctl, &record).await.unwrap(), Down::Nothing);
+        assert_eq!(down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap(), Down::Nothing);
         assert_eq!(record.told().unwrap(), None);
         let vips = wanted(&["192.0.2.1", "2001:db8::1"]);
-        assert_eq!(up(&net, &sysctl, &vips, Rules::default(), &record).await.unwrap().len(), 7);
+        assert_eq!(
+            up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &record).await.unwrap().len(),
+            7
+        );
         let ready = state(&net, &sysctl);
-        assert_eq!(up(&net, &sysctl, &vips, Rules::default(), &record).await.unwrap(), []);
+        assert_eq!(up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &record).await.unwrap(), []);
         assert_eq!(state(&net, &sysctl), ready);
 
         // Something is broken by hand, and a VIP is added: the oldest values are what comes back.
         sysctl.write("net/ipv4/conf/all/arp_ignore", 5).unwrap();
         let more = wanted(&["192.0.2.1", "192.0.2.2", "2001:db8::1"]);
-        let ops = up(&net, &sysctl, &more, Rules::default(), &record).await.unwrap();
+        let ops = up(&net, &sysctl, &FakeTunnels::default(), &more, Rules::default(), &record).await.unwrap();
         assert_eq!(ops.len(), 2, "{ops:?}");
         assert_eq!(record.told().unwrap(), Some(wanted(&["192.0.2.1", "2001:db8::1", "192.0.2.2"])));
-        assert_eq!(down(&net, &sysctl, &record).await.unwrap(), Down::Restored { notes: Vec::new() });
+        assert_eq!(
+            down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap(),
+            Down::Restored { notes: Vec::new() }
+        );
         assert_eq!(state(&net, &sysctl), before);
-        assert_eq!(down(&net, &sysctl, &record).await.unwrap(), Down::Nothing);
+        assert_eq!(down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap(), Down::Nothing);
     }
 
     #[tokio::test]
@@ -508,14 +595,14 @@ mod tests {
             } else {
                 net.fail_nth(nth)
             }
-            match up(&net, &sysctl, &vips, Rules::default(), &record).await {
+            match up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &record).await {
                 Ok(_) => {
                     if in_sysctl {
                         sysctl.fail_nth(0)
                     } else {
                         net.fail_nth(0)
                     }
-                    down(&net, &sysctl, &record).await.unwrap();
+                    down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap();
                 }
                 Err(error) => {
                     failures += 1;
@@ -537,14 +624,14 @@ mod tests {
             let (net, sysctl) = host();
             let before = state(&net, &sysctl);
             let vips = wanted(&["192.0.2.1", "2001:db8::1"]);
-            up(&net, &sysctl, &vips, Rules::default(), &record).await.unwrap();
+            up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &record).await.unwrap();
             net.fail_nth(nth);
             sysctl.fail_nth(nth);
-            let first = down(&net, &sysctl, &record).await;
+            let first = down(&net, &sysctl, &FakeTunnels::default(), &record).await;
             assert_eq!(first.is_err(), record.path.exists(), "{first:?}");
             net.fail_nth(0);
             sysctl.fail_nth(0);
-            down(&net, &sysctl, &record).await.unwrap();
+            down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap();
             assert_eq!(state(&net, &sysctl), before, "operation {nth}");
         }
     }
@@ -554,10 +641,10 @@ mod tests {
         let folder = Folder::new("notes");
         let record = folder.record(7, None);
         let (net, sysctl) = host();
-        up(&net, &sysctl, &wanted(&["192.0.2.1"]), Rules::default(), &record).await.unwrap();
+        up(&net, &sysctl, &FakeTunnels::default(), &wanted(&["192.0.2.1"]), Rules::default(), &record).await.unwrap();
         sysctl.write("net/ipv4/conf/all/arp_announce", 1).unwrap();
         net.edit(|world| world.addrs.retain(|a| a.ip.is_ipv6()), []);
-        let notes = match down(&net, &sysctl, &record).await.unwrap() {
+        let notes = match down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap() {
             Down::Restored { notes } => notes,
             Down::Nothing => panic!("there is a record"),
         };
@@ -575,13 +662,16 @@ mod tests {
         let folder = Folder::new("other");
         let (net, sysctl) = host();
         let vips = wanted(&["192.0.2.1"]);
-        up(&net, &sysctl, &vips, Rules::default(), &folder.record(7, Some("rs1"))).await.unwrap();
-        let error = down(&net, &sysctl, &folder.record(8, Some("rs2"))).await.unwrap_err().to_string();
+        up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &folder.record(7, Some("rs1")))
+            .await
+            .unwrap();
+        let error =
+            down(&net, &sysctl, &FakeTunnels::default(), &folder.record(8, Some("rs2"))).await.unwrap_err().to_string();
         assert!(error.contains("is of another network namespace (7, this is 8)"), "{error}");
-        let anew = down(&net, &sysctl, &folder.record(8, Some("rs1"))).await.unwrap();
+        let anew = down(&net, &sysctl, &FakeTunnels::default(), &folder.record(8, Some("rs1"))).await.unwrap();
         assert_eq!(anew, Down::Nothing, "a namespace of the same name made anew");
         fs::write(folder.0.join("record.json"), "{\"version\":1").unwrap();
-        let error = down(&net, &sysctl, &folder.record(7, None)).await.unwrap_err();
+        let error = down(&net, &sysctl, &FakeTunnels::default(), &folder.record(7, None)).await.unwrap_err();
         assert!(matches!(error, RealserverError::BadRecord { .. }), "{error}");
     }
 }

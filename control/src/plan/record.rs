@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use rvs_datapath::abi::{self, dest as flag, service as service_flag};
+use rvs_datapath::abi::{self, dest as flag, service as service_flag, tunnel};
 
 use crate::model::{Family, FwdMethod, Granularity, Scheduler, Service, ServiceKey, TunnelChecksum, TunnelKind};
 
@@ -74,26 +74,31 @@ pub(super) fn method_bits(method: FwdMethod) -> u32 {
     }
 }
 
-/// `abi::DestInfo::tunnel`.
-pub(super) fn tunnel_bits(method: FwdMethod) -> u32 {
+/// How a dest's packets are wrapped; from where is not known yet.
+pub(super) fn tunnel_record(method: FwdMethod) -> abi::Tunnel {
     match method {
-        FwdMethod::Tunnel(t) => u32::from(t.port) | tunnel_kind(t.kind) << 16 | tunnel_checksum(t.checksum) << 24,
-        _ => 0,
+        FwdMethod::Tunnel(t) => abi::Tunnel {
+            port: t.port,
+            kind: tunnel_kind(t.kind),
+            flags: tunnel_checksum(t.checksum),
+            ..abi::Tunnel::default()
+        },
+        _ => abi::Tunnel::default(),
     }
 }
 
-fn tunnel_kind(kind: TunnelKind) -> u32 {
+fn tunnel_kind(kind: TunnelKind) -> u8 {
     match kind {
-        TunnelKind::Ipip => 0,
-        TunnelKind::Gue => 1,
-        TunnelKind::Gre => 2,
+        TunnelKind::Ipip => tunnel::IPIP,
+        TunnelKind::Gue => tunnel::GUE,
+        TunnelKind::Gre => tunnel::GRE,
     }
 }
 
-fn tunnel_checksum(checksum: TunnelChecksum) -> u32 {
+fn tunnel_checksum(checksum: TunnelChecksum) -> u8 {
     match checksum {
         TunnelChecksum::None => 0,
-        TunnelChecksum::Csum => 1,
-        TunnelChecksum::Remcsum => 2,
+        TunnelChecksum::Csum => tunnel::CSUM,
+        TunnelChecksum::Remcsum => tunnel::REMCSUM,
     }
 }

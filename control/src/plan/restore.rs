@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use rvs_datapath::abi::{self, ListEntry, dest as flag, service as service_flag};
+use rvs_datapath::abi::{self, ListEntry, dest as flag, service as service_flag, tunnel};
 
 use super::{Capacity, Mirror, Placed, PlacedDest, Planner, Run};
 use crate::model::{
@@ -37,6 +37,7 @@ pub struct DumpedDest {
     pub index: u32,
     pub record: abi::Dest,
     pub info: abi::DestInfo,
+    pub tunnel: abi::Tunnel,
 }
 
 /// Why the maps can't be taken over. They are of our layout, so this is a bug, or somebody else wrote to them.
@@ -139,7 +140,7 @@ impl Planner {
 
     fn mirror(&mut self, dest: &DumpedDest) {
         let address = address(&dest.record.address, dest.record.out as u32 & flag::V6 != 0);
-        self.dests.insert(dest.index, Mirror { record: dest.record, address });
+        self.dests.insert(dest.index, Mirror { record: dest.record, tunnel: dest.tunnel, address });
         self.by_address.entry(address).or_default().insert(dest.index);
     }
 }
@@ -197,10 +198,19 @@ fn described_dest(d: &DumpedDest) -> Result<Dest, String> {
         flag::ROUTE => FwdMethod::Route,
         flag::FULLNAT => FwdMethod::Fullnat,
         flag::TUNNEL => FwdMethod::Tunnel(Tunnel {
-            port: d.info.tunnel as u16,
-            kind: [TunnelKind::Ipip, TunnelKind::Gue, TunnelKind::Gre][(d.info.tunnel >> 16 & 0xff).min(2) as usize],
-            checksum: [TunnelChecksum::None, TunnelChecksum::Csum, TunnelChecksum::Remcsum]
-                [(d.info.tunnel >> 24).min(2) as usize],
+            port: d.tunnel.port,
+            kind: match d.tunnel.kind {
+                tunnel::IPIP => TunnelKind::Ipip,
+                tunnel::GUE => TunnelKind::Gue,
+                tunnel::GRE => TunnelKind::Gre,
+                other => return Err(format!("its kind of tunnel is number {other}")),
+            },
+            checksum: match d.tunnel.flags {
+                0 => TunnelChecksum::None,
+                tunnel::CSUM => TunnelChecksum::Csum,
+                tunnel::REMCSUM => TunnelChecksum::Remcsum,
+                other => return Err(format!("the flags of its tunnel are {other}")),
+            },
         }),
         other => return Err(format!("its forwarding method is number {other}")),
     };

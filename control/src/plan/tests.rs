@@ -6,7 +6,9 @@ use proptest::prelude::*;
 use rvs_datapath::abi::ServiceState;
 
 use super::*;
-use crate::model::{Command, Env, FwdMethod, Granularity, Proto, SchedFlags, ServiceSpec, Timeouts};
+use crate::model::{
+    Command, Env, FwdMethod, Granularity, Proto, SchedFlags, ServiceSpec, Timeouts, Tunnel, TunnelChecksum, TunnelKind,
+};
 
 struct Host;
 impl Env for Host {
@@ -31,6 +33,7 @@ struct Maps {
     tables: BTreeMap<u32, u32>,
     dests: BTreeMap<u32, abi::Dest>,
     info: BTreeMap<u32, abi::DestInfo>,
+    tunnels: BTreeMap<u32, abi::Tunnel>,
     hops: BTreeMap<u32, abi::Hop>,
     quiesced: BTreeSet<u32>,
     timeouts: [u32; 3],
@@ -68,6 +71,7 @@ impl Maps {
                 }
                 MapOp::Dest { index, value } => drop(self.dests.insert(*index, *value)),
                 MapOp::DestInfo { index, value } => drop(self.info.insert(*index, *value)),
+                MapOp::Tunnel { index, value } => drop(self.tunnels.insert(*index, *value)),
                 MapOp::Quiesced { index, quiesced: true } => drop(self.quiesced.insert(*index)),
                 MapOp::Quiesced { index, quiesced: false } => drop(self.quiesced.remove(index)),
                 MapOp::Hop { index, value } => drop(self.hops.insert(*index, *value)),
@@ -91,7 +95,9 @@ impl Maps {
         let dests = self.dests.iter().filter(|(_, d)| **d != abi::Dest::default());
         Dump {
             services: services.collect(),
-            dests: dests.map(|(i, d)| DumpedDest { index: *i, record: *d, info: self.info[i] }).collect(),
+            dests: dests
+                .map(|(i, d)| DumpedDest { index: *i, record: *d, info: self.info[i], tunnel: self.tunnels[i] })
+                .collect(),
             hops: self.hops.iter().map(|(i, h)| (*i, *h)).collect(),
             timeouts_s: self.timeouts,
         }
@@ -197,7 +203,12 @@ fn spec(scheduler: &str) -> ServiceSpec {
 }
 
 fn dest(n: u8, weight: u32, masq: bool) -> Dest {
-    let method = if masq { FwdMethod::Masq } else { FwdMethod::Route };
+    let tunnel = Tunnel { kind: TunnelKind::Gue, port: 6080, checksum: TunnelChecksum::Csum };
+    let method = match masq {
+        true => FwdMethod::Masq,
+        false if n.is_multiple_of(2) => FwdMethod::Tunnel(tunnel),
+        false => FwdMethod::Route,
+    };
     Dest { key: DestKey { addr: ip(n), port: 80 }, method, weight, upper: 0, lower: 0 }
 }
 
@@ -256,13 +267,13 @@ proptest! {
                 }
                 Op::Ways(ways) => {
                     let ways = ways.into_iter().map(|(n, hop)| {
-                        (ip(n), hop.map_or(Way::Local, |h| Way::Hop { macs: [h, 0, 0], ifindex: h, mtu: 1500 }))
+                        (ip(n), hop.map_or(Way::Local, |h| Way::Hop { macs: [h, 0, 0], ifindex: h, mtu: 1500, source: Some(ip(100 + h as u8)) }))
                     });
                     w.now_ms += 100;
                     w.planner.tick(w.now_ms);
                     let step = w.planner.ways(ways.collect(), w.now_ms);
                     w.maps.apply(&step.ops);
-                    for d in w.maps.dests.values().filter(|d| **d != abi::Dest::default()) {
+                    for (i, d) in w.maps.dests.iter().filter(|(_, d)| **d != abi::Dest::default()) {
                         let hop = (d.out >> 32) as u32;
                         let there = (hop != 0).then(|| w.maps.hops[&hop].ifindex);
                         let want = match w.planner.ways.get(&IpAddr::from([d.address[0], d.address[1], d.address[2], d.address[3]])) {
@@ -270,6 +281,9 @@ proptest! {
                             _ => None,
                         };
                         prop_assert_eq!(there, want);
+                        if let Some(ifindex) = want && d.out as u32 & flag::METHOD == flag::TUNNEL {
+                            prop_assert_eq!(w.maps.tunnels[i].source, bytes(ip(100 + ifindex as u8)));
+                        }
                     }
                 }
                 Op::Restart => {

@@ -37,7 +37,13 @@ fn host() -> Observed {
 }
 
 fn wanted(vips: &[&str]) -> Wanted {
-    Wanted { mode: Mode::Dr, vips: vips.iter().map(|v| ip(v)).collect(), interfaces: Vec::new(), static_arp: false }
+    Wanted {
+        mode: Mode::Dr,
+        vips: vips.iter().map(|v| ip(v)).collect(),
+        interfaces: Vec::new(),
+        static_arp: false,
+        gue_port: GUE_PORT,
+    }
 }
 
 /// The host after the operations.
@@ -46,6 +52,13 @@ fn after(mut host: Observed, ops: &[Op]) -> Observed {
         match op {
             Op::AddAddr { addr, .. } => host.addrs.push(addr.clone()),
             Op::DelAddr { addr, .. } => host.addrs.retain(|a| a != addr),
+            Op::Decap { link, old, new } => {
+                assert_eq!(host.decap.get(link), old.as_ref());
+                match new {
+                    Some(new) => drop(host.decap.insert(link.clone(), new.clone())),
+                    None => drop(host.decap.remove(link)),
+                }
+            }
             Op::Set { key, old, new } => {
                 assert_eq!(host.settings.insert(key.clone(), *new), Some(*old), "{key}");
             }
@@ -275,14 +288,35 @@ fn what_can_never_work_is_refused_first() {
     ] {
         assert_eq!(refused(&[VIP, vip]), format!("{} cannot be a VIP: it is {why}", ip(vip)));
     }
-    for (mode, name) in [(Mode::Tun, "tun"), (Mode::Fullnat, "fullnat")] {
-        let error = Wanted { mode, ..wanted(&[VIP]) }.check().unwrap_err();
-        assert_eq!(error.to_string(), format!("mode {name} is not possible yet: only dr is"));
-    }
+    let error = Wanted { mode: Mode::Fullnat, ..wanted(&[VIP]) }.check().unwrap_err();
+    assert_eq!(error.to_string(), "mode fullnat is not possible yet: only dr and tun are");
 }
 
 #[test]
 fn settings_of_interfaces_with_dots_are_written_with_slashes() {
     let op = Op::Set { key: key("eth0.10", "arp_ignore"), old: 0, new: 1 };
     assert_eq!(op.to_string(), "sysctl -w net/ipv4/conf/eth0.10/arp_ignore=1");
+}
+
+/// Tunnels end where requests may come in, for all VIPs that were ever asked for; `down` begins where `up` did.
+#[test]
+fn tunnels_are_taken_out_of_on_every_interface() {
+    let tun = Wanted { mode: Mode::Tun, ..wanted(&[VIP]) };
+    let bare = host();
+    let ops = plan_up(&tun, &bare).unwrap();
+    let links: Vec<&String> =
+        ops.iter().filter_map(|op| if let Op::Decap { link, .. } = op { Some(link) } else { None }).collect();
+    let ethernet = bare.links.iter().filter(|l| l.ethernet && !l.loopback && l.up).count();
+    assert_eq!(links.len(), ethernet);
+    let ready = after(bare.clone(), &ops);
+    assert_eq!(problems(&tun, &ready), []);
+    // By direct routing nothing of it is asked for.
+    assert!(plan_up(&wanted(&[VIP]), &bare).unwrap().iter().all(|op| !matches!(op, Op::Decap { .. })));
+    let more = Wanted { vips: vec![ip(VIP6)], ..tun.clone() };
+    let again = after(ready.clone(), &plan_up(&more, &ready).unwrap());
+    assert_eq!(again.decap[links[0]].vips, [ip(VIP), ip(VIP6)].into());
+    let other_port = Wanted { gue_port: 7000, ..tun };
+    assert!(problems(&other_port, &again).iter().all(|p| matches!(p, Problem::NotTakenOut { .. })));
+    let back: Vec<Op> = ops.iter().rev().map(Op::inverse).collect();
+    assert!(after(ready, &back).decap.is_empty());
 }

@@ -3,6 +3,7 @@
 use super::{MemConns, MemPacket};
 use crate::abi::{
     self, Config, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState, Stats,
+    Tunnel,
 };
 use crate::conn::{self, Policy, Timeouts};
 use crate::ct::{self, MIN_BUCKETS, Seed, V4, V6};
@@ -72,6 +73,8 @@ pub struct MemTables {
     pub routes: BTreeMap<(u8, [u8; 16]), Way>,
     machines: Vec<[AtomicU64; 2]>,
     dests: Vec<Dest>,
+    /// By dest index.
+    pub tunnels: Vec<Tunnel>,
     dest_flags: Vec<AtomicU64>,
     stats: Vec<StatCells>,
     reply_hops: Vec<OnceLock<Hop>>,
@@ -110,6 +113,7 @@ impl MemTables {
             routes: BTreeMap::new(),
             machines: filled(sizes.services),
             dests: filled(sizes.dests),
+            tunnels: filled(sizes.dests),
             dest_flags: filled(sizes.dests),
             stats: filled(sizes.dests),
             reply_hops: filled(REPLY_HOPS_MAX),
@@ -239,6 +243,9 @@ impl Tables for MemTables {
     }
     fn dest(&self, index: u32) -> Option<&Dest> {
         self.dests.get(index as usize)
+    }
+    fn tunnel(&self, dest: u32) -> Option<&Tunnel> {
+        self.tunnels.get(dest as usize)
     }
     fn list(&self, at: u32) -> Option<ListEntry> {
         self.lists.get(at as usize).copied()

@@ -15,7 +15,15 @@ pub fn tests() -> Vec<Test> {
         ("transfers_tc", Hook::Tc, false),
         ("transfers_tc_with_offloads", Hook::Tc, true),
     ];
-    cases.map(|(name, hook, offload)| test(name, move || transfers(hook, offload))).into()
+    let tunnels = [
+        ("tunnels_xdp", Hook::Xdp, false),
+        ("tunnels_skb", Hook::Skb, false),
+        ("tunnels_tc", Hook::Tc, false),
+        ("tunnels_tc_with_offloads", Hook::Tc, true),
+    ];
+    let cases = cases.map(|(name, hook, offload)| test(name, move || transfers(hook, offload)));
+    let tunnels = tunnels.map(|(name, hook, offload)| test(name, move || through_tunnels(hook, offload)));
+    cases.into_iter().chain(tunnels).collect()
 }
 
 const TRANSFER_TIME: Duration = Duration::from_secs(30);
@@ -40,6 +48,39 @@ fn transfers(hook: Hook, offload: bool) -> TestResult {
             // 4 MB each way in frames of 1500 bytes; one frame may carry 64 KiB where segmentation is left to the device.
             let least = if offload { 4 * 1024 * 1024 / 65536 } else { 4 * 1024 * 1024 / 1500 };
             check(since.of(verdict) > least, || format!("{method}: the data plane forwarded {since}"))?;
+            rvs.ipvsadm(&format!("-D -t {vip}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// By each kind of tunnel, real servers of either family: full frames don't fit, so that the client has to be told of a smaller MTU.
+fn through_tunnels(hook: Hook, offload: bool) -> TestResult {
+    let layout = Layout::TwoArmed;
+    let lab = lab(&layout.topology(&Options { servers: 2, offload, ..Options::default() }))?;
+    let rvs = director(&lab, layout.director_interfaces(), hook)?;
+    let (vip4, vip6) = (vip(&lab, false, 80)?, vip(&lab, true, 80)?);
+    for server in ["rs1", "rs2"] {
+        let rvs = rvs_lab::director::program("rvs")?.display().to_string();
+        let (four, six) = (vip4.ip().to_string(), vip6.ip().to_string());
+        let up = [&rvs, "realserver", "up", "--mode", "tun", "--interface", "eth0", "--vip", &four, "--vip", &six];
+        let said = lab.node(server)?.run(&up)?;
+        check(said.contains("ready for tunnels"), || said)?;
+    }
+    for kind in ["", "--tun-type gre", "--tun-type gre --tun-csum", "--tun-type gue --tun-port 6080 --tun-csum"] {
+        for (vip, to) in [(vip4, false), (vip6, true), (vip4, true), (vip6, false)] {
+            rvs.ipvsadm(&format!("-A -t {vip} -s rr"))?;
+            for server in ["rs1", "rs2"] {
+                let target = crate::support::at(&lab, server, to, 80)?;
+                rvs.ipvsadm(&format!("-a -t {vip} -r {target} -i {kind} -w 1"))?;
+            }
+            let name = format!("{}-{vip}-{to}", kind.replace(' ', ""));
+            let before = rvs.verdicts()?;
+            http(&lab, vip, 2).map_err(|why| format!("{name}: {why:?}"))?;
+            there_and_back(&lab, vip, &name).map_err(|why| format!("{name}: {why:?}"))?;
+            let since = rvs.verdicts()?.since(&before);
+            let least = if offload { 2 * 1024 * 1024 / 65536 } else { 2 * 1024 * 1024 / 1500 };
+            check(since.of("tun") > least, || format!("{name}: the data plane forwarded {since}"))?;
             rvs.ipvsadm(&format!("-D -t {vip}"))?;
         }
     }

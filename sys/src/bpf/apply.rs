@@ -16,6 +16,7 @@ enum Undo {
     State(u32, ServiceState),
     Dest(u32, abi::Dest),
     Info(u32, abi::DestInfo),
+    Tunnel(u32, abi::Tunnel),
     Quiesced(u32, bool),
     Hop(u32, abi::Hop),
     Config(Box<Config>),
@@ -81,6 +82,10 @@ impl Maps {
                 let before = self.dest_info.get(*index)?;
                 self.dest_info.set(*index, abi::DestInfo { offset: before.offset, ..*value })?;
                 undo.push(Undo::Info(*index, before));
+            }
+            MapOp::Tunnel { index, value } => {
+                undo.push(Undo::Tunnel(*index, self.tunnels.get(*index)?));
+                self.tunnels.set(*index, *value)?;
             }
             MapOp::Quiesced { index, quiesced } => {
                 let before = self.quiesce(*index, *quiesced)?;
@@ -187,6 +192,7 @@ impl Maps {
             Undo::State(index, value) => self.service_state.set(index, value),
             Undo::Dest(index, value) => self.dests.set(index, value),
             Undo::Info(index, value) => self.dest_info.set(index, value),
+            Undo::Tunnel(index, value) => self.tunnels.set(index, value),
             Undo::Quiesced(index, before) => self.quiesce(index, before).map(|_| ()),
             Undo::Hop(index, value) => self.hops.set(index, value),
             Undo::Config(value) => self.config.set(0, *value),
@@ -230,7 +236,12 @@ impl Maps {
         for index in 1..self.dests.len() {
             let record = self.dests.get(index)?;
             if record != abi::Dest::default() {
-                dump.dests.push(DumpedDest { index, record, info: self.dest_info.get(index)? });
+                dump.dests.push(DumpedDest {
+                    index,
+                    record,
+                    info: self.dest_info.get(index)?,
+                    tunnel: self.tunnels.get(index)?,
+                });
                 hops.insert((record.out >> 32) as u32);
             }
         }

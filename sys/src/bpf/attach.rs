@@ -254,8 +254,8 @@ impl Dataplane {
 }
 
 /// Place of our filters among those of a qdisc.
-const PRIORITY: u16 = 0x5256;
-const HANDLE: TcHandle = TcHandle::new(0, 0x5256);
+pub(super) const PRIORITY: u16 = 0x5256;
+pub(super) const HANDLE: TcHandle = TcHandle::new(0, 0x5256);
 
 fn refused(port: Port<'_>, hook: Hook, source: io::Error) -> BpfError {
     let what = format!("attach to {} as {}{}", port.name, hook.name(), hook.advice(&source));
@@ -348,7 +348,7 @@ pub fn detach(dir: &Path, interface: &str, hook: Hook) -> Result<bool> {
 }
 
 /// 0: no such interface.
-fn ifindex_of(name: &str) -> u32 {
+pub(super) fn ifindex_of(name: &str) -> u32 {
     let Ok(name) = CString::new(name) else { return 0 };
     // SAFETY: a string that ends with 0.
     unsafe { libc::if_nametoindex(name.as_ptr()) }

@@ -3,6 +3,7 @@
 mod apply;
 pub mod attach;
 mod conns;
+pub mod decap;
 mod flat;
 mod raw;
 
@@ -35,7 +36,16 @@ macro_rules! plain {
     )* };
 }
 plain!(u32, u64, [u64; 32], [u64; abi::SCRATCH_WORDS], Config, Clock, CpuStats, Iface, ServiceKey, Hop);
-plain!(abi::Service, abi::ServiceState, abi::ListEntry, abi::Dest, abi::DestInfo, abi::DestState, abi::Stats);
+plain!(
+    abi::Service,
+    abi::ServiceState,
+    abi::ListEntry,
+    abi::Dest,
+    abi::Tunnel,
+    abi::DestInfo,
+    abi::DestState,
+    abi::Stats
+);
 
 #[repr(transparent)]
 #[derive(Clone, Copy)]
@@ -210,6 +220,7 @@ pub struct Maps {
     pub services: Table<abi::Service>,
     pub service_state: Table<abi::ServiceState>,
     pub dests: Table<abi::Dest>,
+    pub tunnels: Table<abi::Tunnel>,
     pub dest_info: Table<abi::DestInfo>,
     pub dest_state: Table<abi::DestState>,
     pub dest_stats: PerCpu<CpuStats>,
@@ -354,6 +365,7 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::new::<abi::Service>(map::SERVICES, services),
         Shape::new::<abi::ServiceState>(map::SERVICE_STATE, services),
         Shape::new::<abi::Dest>(map::DESTS, dests),
+        Shape::new::<abi::Tunnel>(map::TUNNELS, dests),
         Shape::new::<abi::DestInfo>(map::DEST_INFO, dests),
         Shape::new::<abi::DestState>(map::DEST_STATE, dests),
         Shape::per_cpu::<CpuStats>(map::DEST_STATS, dests),
@@ -495,7 +507,7 @@ fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Fl
 /// The maps that are not flat.
 const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
 
-const ALL: [&str; 20] = [
+const ALL: [&str; 21] = [
     // The first: without its pin nobody takes the others for whole.
     map::CONFIG,
     map::CONN4,
@@ -507,6 +519,7 @@ const ALL: [&str; 20] = [
     map::SERVICES,
     map::SERVICE_STATE,
     map::DESTS,
+    map::TUNNELS,
     map::DEST_INFO,
     map::DEST_STATE,
     map::DEST_STATS,
@@ -532,6 +545,7 @@ impl Maps {
             services: flat.table(map::SERVICES)?,
             service_state: flat.table(map::SERVICE_STATE)?,
             dests: flat.table(map::DESTS)?,
+            tunnels: flat.table(map::TUNNELS)?,
             dest_info: flat.table(map::DEST_INFO)?,
             dest_state: flat.table(map::DEST_STATE)?,
             dest_stats: flat.per_cpu(map::DEST_STATS)?,

@@ -214,6 +214,9 @@ impl Engine for Kernel {
             maps.dests.set(i, *dest).expect("a dest");
             maps.dest_state.word(i, 2).expect("its flags").store(*flags, SeqCst);
         }
+        for (i, tunnel) in (0..).zip(&layout.tunnels) {
+            maps.tunnels.set(i, *tunnel).expect("a tunnel");
+        }
         for (i, entry) in (0..).zip(&layout.lists) {
             maps.lists.set(i, *entry).expect("a list entry");
         }

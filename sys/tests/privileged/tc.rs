@@ -381,7 +381,7 @@ impl Lab {
             word([to[4], to[5], from[0], from[1]]),
             word([from[2], from[3], from[4], from[5]]),
         ];
-        let hop = Way::Hop { macs, ifindex: ifindex(&self.director, self.back), mtu: 1500 };
+        let hop = Way::Hop { macs, ifindex: ifindex(&self.director, self.back), mtu: 1500, source: None };
         self.tell(FAMILIES.iter().map(|n| (n.server(), hop)).collect());
     }
     fn tell(&mut self, ways: BTreeMap<IpAddr, Way>) {

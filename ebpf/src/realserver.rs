@@ -1,0 +1,68 @@
+//! The real server's side: packets come out of their tunnels here, without a tunnel device or kernel module.
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+
+#[allow(dead_code, reason = "the director's programs use all of it")]
+mod ctx;
+#[allow(dead_code, reason = "the director's programs use all of it")]
+mod skb;
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6, TC_ACT_SHOT, TC_ACT_UNSPEC,
+};
+use aya_ebpf::btf_maps::HashMap;
+use aya_ebpf::helpers::bpf_skb_adjust_room;
+use aya_ebpf::macros::{btf_map, classifier};
+use aya_ebpf::programs::TcContext;
+use rvs_datapath::packet::{ETHERTYPE, Packet, Window};
+use rvs_datapath::tunnel::{self, Opened};
+
+use skb::Skb;
+
+/// Destination port of GUE.
+#[unsafe(no_mangle)]
+static GUE_PORT: Global<u16> = Global::new(6080);
+
+/// The virtual addresses, as they lie in a packet; an IPv4 address in the first four bytes. The value is [`GUE_PORT`].
+#[btf_map]
+static VIPS: HashMap<[u8; 16], u16, 1024> = HashMap::new();
+
+/// For tc ingress, before everything else: what is not in a tunnel for a virtual address goes on untouched.
+#[classifier]
+pub fn rvs_decap(ctx: TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    let mut packet = Skb::new(skb);
+    packet.pull();
+    // SAFETY: nobody writes the value meanwhile.
+    let vip = |address: &[u8; 16]| unsafe { VIPS.get(address) }.is_some();
+    match tunnel::open(&mut packet, GUE_PORT.load(), vip) {
+        Some(opened) => unwrap(&mut packet, skb, opened),
+        None => TC_ACT_UNSPEC as i32,
+    }
+}
+
+#[inline(always)]
+fn unwrap(packet: &mut Skb, skb: *mut __sk_buff, opened: Opened) -> i32 {
+    let inner = if opened.ethertype == 0x0800 { BPF_F_ADJ_ROOM_DECAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_DECAP_L3_IPV6 };
+    // SAFETY: the context of this program.
+    if unsafe { bpf_skb_adjust_room(skb, -(opened.outer as i32), BPF_ADJ_ROOM_MAC, inner as u64) } != 0 {
+        return TC_ACT_SHOT as i32;
+    }
+    packet.reread();
+    let Some(mut w) = packet.window(ETHERTYPE + 2) else { return TC_ACT_SHOT as i32 };
+    w.w16(ETHERTYPE, opened.ethertype.to_be());
+    TC_ACT_UNSPEC as i32
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    // Never reached: the verifier refuses a program that could loop.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,209 @@
+//! The real server's end of tunnels: a program at an interface's tc ingress, and the virtual addresses that it takes out of tunnels for.
+//! The filter stays by itself: nothing is pinned, and no process need go on.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+
+use aya::maps::{HashMap, Map, MapData, MapInfo};
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType};
+use aya::programs::{ProgramInfo, SchedClassifier, loaded_programs};
+use aya::{Ebpf, EbpfLoader};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use rvs_control::realserver::Decap;
+
+use super::attach::{HANDLE, PRIORITY};
+use super::{BpfError, Result, failed};
+
+/// The program, as built.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("RVS_REALSERVER_OBJECT"));
+const PROGRAM: &str = "rvs_decap";
+const VIPS: &str = "VIPS";
+
+/// Where tunnels end on this host. The seam of `rvs_sys::realserver`: the kernel, or memory.
+pub trait Tunnels {
+    /// What is on an interface.
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    fn get(&self, interface: &str) -> Result<Option<Decap>>;
+    /// Put the program there, in the place of an older one, or (`None`) take it away.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn set(&self, interface: &str, decap: Option<&Decap>) -> Result<()>;
+}
+
+/// Tunnels in memory.
+#[derive(Debug, Default)]
+pub struct FakeTunnels {
+    pub by_interface: std::sync::Mutex<std::collections::BTreeMap<String, Decap>>,
+    /// What every change comes to.
+    pub refuses: bool,
+}
+
+impl Tunnels for FakeTunnels {
+    fn get(&self, interface: &str) -> Result<Option<Decap>> {
+        let all = self.by_interface.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Ok(all.get(interface).cloned())
+    }
+    fn set(&self, interface: &str, decap: Option<&Decap>) -> Result<()> {
+        if self.refuses {
+            return Err(BpfError::Refused(format!("the program for tunnels on {interface}: refused on purpose")));
+        }
+        let mut all = self.by_interface.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match decap {
+            Some(decap) => drop(all.insert(interface.to_owned(), decap.clone())),
+            None => drop(all.remove(interface)),
+        }
+        Ok(())
+    }
+}
+
+/// The kernel's, in the network namespace of the calling thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KernelTunnels;
+
+impl Tunnels for KernelTunnels {
+    fn get(&self, interface: &str) -> Result<Option<Decap>> {
+        let what = || format!("ask for the tc filters of {interface}");
+        let Some(id) = filter(interface).map_err(failed(what()))? else { return Ok(None) };
+        let programs = loaded_programs().filter_map(std::result::Result::ok);
+        let Some(program) = programs.into_iter().find(|p| p.id() == id) else { return Ok(None) };
+        read(&program).map(Some)
+    }
+
+    fn set(&self, interface: &str, decap: Option<&Decap>) -> Result<()> {
+        let at = || format!("the program for tunnels on {interface}");
+        let there = || SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None);
+        let on = filter(interface).map_err(failed(at()))?.is_some();
+        let Some(decap) = decap else {
+            // Dropped, the link takes the filter away.
+            return if on { there().map(drop).map_err(failed(at())) } else { Ok(()) };
+        };
+        let mut ebpf = loaded(decap)?;
+        let program: &mut SchedClassifier = program(&mut ebpf)?;
+        let id = if on {
+            program.attach_to_link(there().map_err(failed(at()))?)
+        } else {
+            // It is there already, if another put it there; what counts is whether the filter goes in.
+            let _ = tc::qdisc_add_clsact(interface);
+            let options = TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None });
+            program.attach_with_options(interface, TcAttachType::Ingress, options)
+        };
+        let link = program.take_link(id.map_err(failed(at()))?).map_err(failed(at()))?;
+        // Dropped, it would take the filter away; it owns nothing else.
+        std::mem::forget(link);
+        Ok(())
+    }
+}
+
+fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier> {
+    let program = ebpf.program_mut(PROGRAM).ok_or_else(|| BpfError::Refused(format!("the object has no {PROGRAM}")))?;
+    program.try_into().map_err(failed(format!("program {PROGRAM}")))
+}
+
+fn loaded(decap: &Decap) -> Result<Ebpf> {
+    let mut loader = EbpfLoader::new();
+    loader.override_global("GUE_PORT", &decap.gue_port, true);
+    let mut ebpf = loader.load(OBJECT).map_err(failed("load the program for tunnels"))?;
+    program(&mut ebpf)?.load().map_err(failed(format!("program {PROGRAM}")))?;
+    let map = ebpf.map_mut(VIPS).ok_or_else(|| BpfError::Refused(format!("the object has no map {VIPS}")))?;
+    let mut vips: HashMap<_, [u8; 16], u16> = HashMap::try_from(map).map_err(failed(format!("map {VIPS}")))?;
+    for vip in &decap.vips {
+        // The value is for who reads it back; the program has it as a constant.
+        vips.insert(octets(*vip), decap.gue_port, 0).map_err(failed(format!("map {VIPS}, insert")))?;
+    }
+    Ok(ebpf)
+}
+
+/// As they lie in a packet.
+fn octets(address: IpAddr) -> [u8; 16] {
+    rvs_control::plan::bytes(address)
+}
+
+fn read(program: &ProgramInfo) -> Result<Decap> {
+    let mut decap = Decap { vips: BTreeSet::new(), gue_port: 0 };
+    for id in program.map_ids().map_err(failed(format!("program {PROGRAM}")))?.unwrap_or_default() {
+        let info = MapInfo::from_id(id).map_err(failed(format!("map {id}")))?;
+        if info.name_as_str() != Some(VIPS) {
+            continue;
+        }
+        let data = MapData::from_id(id).map_err(failed(format!("map {VIPS}")))?;
+        let vips: HashMap<_, [u8; 16], u16> =
+            HashMap::try_from(Map::HashMap(data)).map_err(failed(format!("map {VIPS}")))?;
+        for entry in vips.iter() {
+            let (address, port) = entry.map_err(failed(format!("map {VIPS}, list")))?;
+            decap.gue_port = port;
+            let v4 = address[4..].iter().all(|b| *b == 0);
+            let four = [address[0], address[1], address[2], address[3]];
+            decap.vips.insert(if v4 { IpAddr::from(four) } else { IpAddr::from(address) });
+        }
+    }
+    Ok(decap)
+}
+
+/// The kernel's number of our program on an interface.
+fn filter(interface: &str) -> io::Result<Option<u32>> {
+    let ifindex = match super::attach::ifindex_of(interface) {
+        0 => return Err(io::ErrorKind::NotFound.into()),
+        ifindex => ifindex,
+    };
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut message = TcMessage::with_index(ifindex as i32);
+    // The ingress side of clsact.
+    message.header.parent = TcHandle { major: 0xffff, minor: 0xfff2 };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let payload = NetlinkPayload::from(RouteNetlinkMessage::GetTrafficFilter(message));
+    let mut request = NetlinkMessage::new(header, payload);
+    request.finalize();
+    let mut bytes = vec![0; request.buffer_len()];
+    request.serialize(&mut bytes);
+    socket.send(&bytes, 0)?;
+    let mut found = None;
+    loop {
+        let (received, _) = socket.recv_from_full()?;
+        let mut at = 0;
+        while at < received.len() {
+            let reply =
+                NetlinkMessage::<RouteNetlinkMessage>::deserialize(&received[at..]).map_err(io::Error::other)?;
+            match reply.payload {
+                NetlinkPayload::Done(_) => return Ok(found),
+                // No such qdisc: no filter.
+                NetlinkPayload::Error(error) if error.code.is_some() => return Ok(None),
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(m)) => {
+                    found = found.or_else(|| ours(&m));
+                }
+                _ => {}
+            }
+            let length = reply.header.length as usize;
+            if length == 0 {
+                return Ok(found);
+            }
+            at += length.next_multiple_of(4);
+        }
+    }
+}
+
+fn ours(message: &TcMessage) -> Option<u32> {
+    let options = message.attributes.iter().filter_map(|a| match a {
+        TcAttribute::Options(options) => Some(options),
+        _ => None,
+    });
+    let bpf: Vec<&TcFilterBpfOption> = options
+        .flatten()
+        .filter_map(|o| match o {
+            TcOption::Bpf(option) => Some(option),
+            _ => None,
+        })
+        .collect();
+    let named = bpf.iter().any(|o| matches!(o, TcFilterBpfOption::ProgName(name) if name.starts_with(PROGRAM)));
+    let id = bpf.iter().find_map(|o| if let TcFilterBpfOption::ProgId(id) = o { Some(*id) } else { None });
+    id.filter(|_| named)
+}
