@@ -263,7 +263,7 @@ fn new_connections(s: &Settings, rig: &mut Rig<'_>, report: &mut Report, column:
         if rig.method == Method::Dr { (Row::NewDr, Row::NewDrFull) } else { (Row::NewNat, Row::NewNatFull) };
     let order = Order::Random(ANY_FLOW);
     // (A place may be found only among flows that must not be evicted.)
-    let syn = Case { order, tolerance: 0.05, ..rig.case(Program::Run, Frame::Syn, TX) };
+    let syn = Case { order, tolerance: 0.08, ..rig.case(Program::Run, Frame::Syn, TX) };
     let put = Case { order, ..rig.case(Program::LruPut, Frame::Syn, TX) };
     let slots = rig.slots();
     let per_flow = if rig.method == Method::Dr { 1 } else { 2 };
