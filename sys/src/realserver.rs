@@ -76,7 +76,15 @@ pub async fn observe(
         }
     }
     for link in links.iter().filter(|l| l.ethernet && !l.loopback) {
-        if let Some(decap) = tunnels.get(&link.name)? {
+        if let Some(mut decap) = tunnels.get(&link.name)? {
+            // What is configured counts only if a test packet comes through.
+            let mut proven = std::collections::BTreeSet::new();
+            for vip in &decap.vips {
+                if tunnels.prove(&link.name, *vip)? {
+                    proven.insert(*vip);
+                }
+            }
+            decap.vips = proven;
             host.decap.insert(link.name.clone(), decap);
         }
     }

@@ -13,6 +13,7 @@ pub const CASES: &[(&str, fn())] = &[
     ("replies_do_not_announce_the_vip", replies_do_not_announce_the_vip),
     ("strict_source_checks_are_named_and_mended", strict_source_checks_are_named_and_mended),
     ("down_leaves_no_trace", down_leaves_no_trace),
+    ("tunnels_end_here_and_no_longer", tunnels_end_here_and_no_longer),
     ("a_refusal_changes_nothing", a_refusal_changes_nothing),
 ];
 
@@ -322,6 +323,30 @@ fn down_leaves_no_trace() {
     assert!(!wire.state.exists());
     assert_eq!(wire.rvs("down").0, 0);
     assert_eq!(wire.rvs("check").2, "rvs: no VIP was given: name at least one with --vip\n");
+}
+
+fn tunnels_end_here_and_no_longer() {
+    let wire = Wire::new();
+    let filters = || String::from_utf8(wire.rs.sh("tc filter show dev vb ingress").stdout).expect("text");
+    let (code, out, err) = wire.rvs(&format!("up --mode tun --vip {VIP} --vip {VIP6}"));
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    assert!(out.ends_with(&format!("ready for tunnels: {VIP}, {VIP6}\n")), "{out}");
+    assert!(filters().contains("rvs_decap"));
+    assert_eq!(wire.rvs("check").0, 0);
+    // Another VIP is added to those there are.
+    assert_eq!(wire.rvs("up --mode tun --vip 10.1.0.98").0, 0);
+    assert_eq!(wire.rvs(&format!("check --mode tun --vip {VIP} --vip 10.1.0.98")).0, 0);
+    assert_eq!(filters().matches("handle").count(), 1);
+    // Without the program nothing comes out, and check says so.
+    wire.rs_sh("tc filter del dev vb ingress pref 21078");
+    let (code, out, _) = wire.rvs("check");
+    assert_eq!(code, 1);
+    assert!(out.starts_with("wrong: vb leaves packets for the VIPs in their tunnels\n"), "{out}");
+    assert_eq!(wire.rvs(&format!("up --mode tun --vip {VIP} --vip {VIP6} --vip 10.1.0.98")).0, 0);
+    assert_eq!(wire.rvs("check").0, 0);
+    let (code, out, err) = wire.rvs("down");
+    assert_eq!((code, err.as_str()), (0, ""), "{out}");
+    assert_eq!(filters(), "");
 }
 
 fn a_refusal_changes_nothing() {

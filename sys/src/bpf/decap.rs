@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 
 use aya::maps::{HashMap, Map, MapData, MapInfo};
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType};
@@ -16,7 +17,7 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rvs_control::realserver::Decap;
 
 use super::attach::{HANDLE, PRIORITY};
-use super::{BpfError, Result, failed};
+use super::{BpfError, Result, failed, raw};
 
 /// The program, as built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("RVS_REALSERVER_OBJECT"));
@@ -30,6 +31,11 @@ pub trait Tunnels {
     /// # Errors
     /// The kernel can't be asked.
     fn get(&self, interface: &str) -> Result<Option<Decap>>;
+    /// Does a test packet for this address come out of its tunnel there?
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    fn prove(&self, interface: &str, vip: IpAddr) -> Result<bool>;
     /// Put the program there, in the place of an older one, or (`None`) take it away.
     ///
     /// # Errors
@@ -50,6 +56,9 @@ impl Tunnels for FakeTunnels {
         let all = self.by_interface.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         Ok(all.get(interface).cloned())
     }
+    fn prove(&self, interface: &str, vip: IpAddr) -> Result<bool> {
+        Ok(self.get(interface)?.is_some_and(|d| d.vips.contains(&vip)))
+    }
     fn set(&self, interface: &str, decap: Option<&Decap>) -> Result<()> {
         if self.refuses {
             return Err(BpfError::Refused(format!("the program for tunnels on {interface}: refused on purpose")));
@@ -69,11 +78,17 @@ pub struct KernelTunnels;
 
 impl Tunnels for KernelTunnels {
     fn get(&self, interface: &str) -> Result<Option<Decap>> {
-        let what = || format!("ask for the tc filters of {interface}");
-        let Some(id) = filter(interface).map_err(failed(what()))? else { return Ok(None) };
-        let programs = loaded_programs().filter_map(std::result::Result::ok);
-        let Some(program) = programs.into_iter().find(|p| p.id() == id) else { return Ok(None) };
-        read(&program).map(Some)
+        attached(interface)?.map(|program| read(&program)).transpose()
+    }
+
+    fn prove(&self, interface: &str, vip: IpAddr) -> Result<bool> {
+        let Some(program) = attached(interface)? else { return Ok(false) };
+        let fd = program.fd().map_err(failed(format!("program {PROGRAM}")))?;
+        let (wrapped, bare) = test_packet(vip);
+        let (code, out) =
+            raw::test_run(fd.as_fd(), &wrapped).map_err(failed(format!("program {PROGRAM}, test packet")))?;
+        // Goes on as the inner packet.
+        Ok(code as i32 == TC_ACT_UNSPEC && out == bare)
     }
 
     fn set(&self, interface: &str, decap: Option<&Decap>) -> Result<()> {
@@ -99,6 +114,39 @@ impl Tunnels for KernelTunnels {
         std::mem::forget(link);
         Ok(())
     }
+}
+
+/// `TC_ACT_UNSPEC`: on to whoever comes next.
+const TC_ACT_UNSPEC: i32 = -1;
+
+/// Our program on an interface.
+fn attached(interface: &str) -> Result<Option<ProgramInfo>> {
+    let what = || format!("ask for the tc filters of {interface}");
+    let Some(id) = filter(interface).map_err(failed(what()))? else { return Ok(None) };
+    Ok(loaded_programs().filter_map(std::result::Result::ok).find(|p| p.id() == id))
+}
+
+/// A packet for the address in an IPIP tunnel of IPv4, and the same without.
+fn test_packet(vip: IpAddr) -> (Vec<u8>, Vec<u8>) {
+    let mut inner = vec![0; 20];
+    let (protocol, ethertype) = match vip {
+        IpAddr::V4(vip) => {
+            let client = [192, 0, 2, 1];
+            let header = [[0x45, 0, 0, 40], [0, 0, 0x40, 0], [64, 6, 0, 0], client, vip.octets()].concat();
+            inner.splice(0..0, header);
+            (4, [0x08, 0x00])
+        }
+        IpAddr::V6(vip) => {
+            let client = [0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+            inner.splice(0..0, [&[0x60, 0, 0, 0, 0, 20, 6, 64][..], &client, &vip.octets()].concat());
+            (41, [0x86, 0xdd])
+        }
+    };
+    let len = ((20 + inner.len()) as u16).to_be_bytes();
+    let outer =
+        [[0x45, 0, len[0], len[1]], [0, 0, 0x40, 0], [64, protocol, 0, 0], [192, 0, 2, 2], [192, 0, 2, 3]].concat();
+    let macs = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+    ([&macs[..], &[0x08, 0x00], &outer, &inner].concat(), [&macs[..], &ethertype, &inner].concat())
 }
 
 fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier> {

@@ -9,6 +9,7 @@ use std::path::Path;
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_TEST_RUN: libc::c_int = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
@@ -117,6 +118,41 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
 /// The link stays, without an interface.
 pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &(link.as_raw_fd() as u32)).map(|_| ())
+}
+
+/// Run a program once on a frame, wherever it is attached: its code, and what it made of the frame.
+pub fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    /// `union bpf_attr` of BPF_PROG_TEST_RUN.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Run {
+        program: u32,
+        returned: u32,
+        size_in: u32,
+        size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        rest: [u32; 12],
+    }
+    let mut out = vec![0u8; frame.len() + 256];
+    let mut attr = Run {
+        program: program.as_raw_fd() as u32,
+        size_in: frame.len() as u32,
+        size_out: out.len() as u32,
+        data_in: frame.as_ptr() as u64,
+        data_out: out.as_mut_ptr() as u64,
+        ..Run::default()
+    };
+    // SAFETY: a valid attribute block of the size given, and two buffers of the sizes in it; the kernel writes to the second, and to the
+    // block.
+    let r = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<Run>()) };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    out.truncate(attr.size_out as usize);
+    Ok((attr.returned, out))
 }
 
 /// The kernel's numbers.
