@@ -18,6 +18,7 @@ use crate::ct::{self, Found, V4, V6};
 use crate::icmp::{Answer, Error};
 use crate::packet::{ETHERTYPE, Flow, Ip, L3, Packet, Window, parse};
 use crate::proto::tcp::{self, Way};
+use crate::related::{self, Related};
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
@@ -77,6 +78,11 @@ pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
 /// A stage.
 #[inline(always)]
 pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Stage, number: u32) -> Verdict {
+    match stage {
+        Stage::Related => return related::<I, P, T>(p, t),
+        Stage::ErrorTunnel => return error_into_tunnel::<I, P, T>(p, t, number),
+        _ => {}
+    }
     // What the packet says is kept when it may begin a flow.
     let kept = match stage {
         Stage::Whole | Stage::Retire | Stage::Anew | Stage::TimeExceeded | Stage::Tunnel | Stage::TooBig => None,
@@ -91,12 +97,92 @@ pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Sta
         Stage::Retire => retire(t, &flow),
         Stage::Linked => linked(p, t, &flow, number),
         Stage::Forward | Stage::Anew => forward(p, t, &flow, number),
-        Stage::Tunnel => into_tunnel(p, t, &flow, number),
+        Stage::Tunnel => into_tunnel(p, t, &flow, number, Reason::Tunnel),
         Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded, 0),
         Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable, 0),
         Stage::TooBig => error(p, t, &flow, Error::TooBig, number),
         _ => open(t, &flow, stage, number),
     }
+}
+
+/// An ICMP packet: an error about a flow goes to its other end; all else is the kernel's business.
+#[inline(always)]
+fn related<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
+    let Some(error) = related::look::<I, P>(p) else { return pass(Reason::Icmp) };
+    // Not for a router either: nobody is told of an error about an error.
+    if error.ttl <= 1 {
+        return pass(Reason::Icmp);
+    }
+    let c = I::conns(t);
+    match ct::lookup::<I, _>(c.table(), &error.key) {
+        Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &error.key, &hit) {
+            Some(reply) => error_to_client(p, t, &error, &reply),
+            None => pass(Reason::Icmp),
+        },
+        Found::Live(hit) => error_to_server(p, t, &error, conn::dest(hit.control)),
+        _ => pass(Reason::Icmp),
+    }
+}
+
+#[inline(always)]
+fn error_to_server<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
+    let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
+    let flags = d.out as u32;
+    if flags & dest::AVAILABLE == 0 {
+        return drop(Reason::DestGone);
+    }
+    t.count_in(index, error.len);
+    let (local, masq) = (flags & dest::LOCAL != 0, flags & dest::METHOD == dest::MASQ);
+    if masq {
+        let address = I::from_bytes(&d.address);
+        let port = if d.port == 0 { error.key.dport() } else { d.port };
+        if !related::translate::<I, P>(p, End::Destination, address, port, !local) {
+            return drop(Reason::Internal);
+        }
+    }
+    if local {
+        return Verdict::new(Action::Up, Reason::ErrorIn);
+    }
+    if flags & dest::METHOD == dest::TUNNEL {
+        return Verdict::go(Stage::ErrorTunnel, index);
+    }
+    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
+    let address = I::from_bytes(&d.address);
+    if hop.ifindex == 0
+        && t.route::<I>([I::source(&error.key.words), address], I::ICMP, error.len, &mut hop) != Route::Hop
+    {
+        return drop(Reason::NoNeighbour);
+    }
+    if !masq && !xmit::count_down::<I, P>(p) {
+        return drop(Reason::Internal);
+    }
+    xmit::send(p, &hop, Reason::ErrorIn)
+}
+
+/// Its outer headers have no checksum: there is none to make one of without reading it all.
+#[inline(always)]
+fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, index: u32) -> Verdict {
+    let Some(error) = related::look::<I, P>(p) else { return drop(Reason::Internal) };
+    let flow: Flow<I> = Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, len: error.len };
+    into_tunnel(p, t, &flow, index, Reason::ErrorIn)
+}
+
+/// As from the virtual address, about a packet to it.
+#[inline(always)]
+fn error_to_client<I: Of<T>, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    error: &Related<I>,
+    reply: &conn::ReplyOf<'_, I, I::Conns>,
+) -> Verdict {
+    t.count_out(conn::dest(reply.forward.control), error.len);
+    let mut hop = Hop::default();
+    let route = t.route::<I>([reply.virtual_address, reply.client], I::ICMP, error.len, &mut hop);
+    let ready = route == Route::Hop;
+    if !related::translate::<I, P>(p, End::Source, reply.virtual_address, reply.virtual_port, ready) {
+        return drop(Reason::Internal);
+    }
+    if ready { xmit::send(p, &hop, Reason::ErrorOut) } else { Verdict::new(Action::Up, Reason::ErrorOut) }
 }
 
 /// Those stages of a flow's beginning that do not need the packet.
@@ -365,17 +451,17 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
 
 /// In a tunnel to the dest, of whichever family.
 #[inline(always)]
-fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32) -> Verdict {
+fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32, reason: Reason) -> Verdict {
     let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
     if d.out as u32 & dest::V6 != 0 {
-        wrap::<I, V6, P, T>(p, t, flow, index)
+        wrap::<I, V6, P, T>(p, t, flow, index, reason)
     } else {
-        wrap::<I, V4, P, T>(p, t, flow, index)
+        wrap::<I, V4, P, T>(p, t, flow, index, reason)
     }
 }
 
 #[inline(always)]
-fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32) -> Verdict {
+fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32, reason: Reason) -> Verdict {
     let (Some(d), Some(by)) = (t.dest(index), t.tunnel(index)) else { return drop(Reason::Internal) };
     let (source, to) = (O::from_bytes(&by.source), O::from_bytes(&d.address));
     if source == O::Addr::default() {
@@ -383,7 +469,7 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
         return drop(Reason::NoRoute);
     }
     let mut by = *by;
-    if !t.sized() {
+    if !t.sized() || reason != Reason::Tunnel {
         // Whoever cuts it into segments would not make an outer checksum of each.
         by.flags = 0;
     }
@@ -400,14 +486,18 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
     // As large as an Ethernet frame, where nobody says otherwise.
     let room = if mtu == 0 { 1500 } else { mtu }.saturating_sub(overhead);
     if flow.len > room && t.sized() {
-        return if I::may_fragment(p) { drop(Reason::TooBig) } else { Verdict::go(Stage::TooBig, room) };
+        return if I::may_fragment(p) || reason != Reason::Tunnel {
+            drop(Reason::TooBig)
+        } else {
+            Verdict::go(Stage::TooBig, room)
+        };
     }
     let to = d.address;
     if !tunnel::wrap::<I, O, P>(p, flow, &by, &to, &hop) {
         return drop(Reason::Internal);
     }
     let back = hop.ifindex == p.ifindex();
-    Verdict::new(if back { Action::Back } else { Action::Out(hop.ifindex) }, Reason::Tunnel)
+    Verdict::new(if back { Action::Back } else { Action::Out(hop.ifindex) }, reason)
 }
 
 /// The real server is this host: up, translated if it listens elsewhere.

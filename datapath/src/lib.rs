@@ -15,6 +15,7 @@ pub mod icmp;
 pub mod mem;
 pub mod packet;
 pub mod proto;
+pub mod related;
 pub mod sched;
 pub mod tables;
 pub mod tunnel;

@@ -4,7 +4,7 @@
 use crate::conn::{self, Addressing};
 use crate::csum::Delta;
 use crate::ct::{Key, V4, V6};
-use crate::verdict::{Reason, Verdict, drop, pass};
+use crate::verdict::{Reason, Stage, Verdict, drop, pass};
 
 /// A packet in memory, at its Ethernet header.
 pub trait Packet {
@@ -73,6 +73,8 @@ pub trait Ip: Addressing {
     const DESTINATION: usize;
     const FAMILY: u8;
     const ETHERTYPE: u16;
+    /// IP protocol number of its ICMP.
+    const ICMP: u8;
     /// IP protocol number of such a packet inside another.
     const TUNNELLED: u8;
     fn address(w: &impl Window, at: usize) -> Self::Addr;
@@ -84,6 +86,14 @@ pub trait Ip: Addressing {
     fn from_bytes(bytes: &[u8; 16]) -> Self::Addr;
     /// No host that a reply could reach has this source address (RFC 1122 3.2.1.3, RFC 4291 2.5).
     fn martian(source: Self::Addr) -> bool;
+    /// ICMP type of an error?
+    fn is_error(kind: u8) -> bool;
+    /// Transport protocol of a quoted packet, `within` bytes further on than a packet of its own; `None`: its ports are not there.
+    fn quoted_protocol(w: &impl Window, within: usize) -> Option<u8>;
+    /// A quoted header whose addresses have changed: the change of its sum.
+    fn fix_quoted_header(w: &mut impl Window, within: usize, addresses: Delta) -> Delta;
+    /// Length of the IP packet, as its header says.
+    fn total_len(w: &impl Window) -> u32;
     /// Ones-complement sum of an address.
     fn sum(address: Self::Addr) -> u64;
     /// TOS; flags and offset as the header of a tunnel is to have them, in host order (only DF); id.
@@ -122,6 +132,7 @@ impl Ip for V4 {
     const FAMILY: u8 = 4;
     const ETHERTYPE: u16 = 0x0800;
     const TUNNELLED: u8 = 4;
+    const ICMP: u8 = IP_ICMP;
     #[inline(always)]
     fn address(w: &impl Window, at: usize) -> u32 {
         w.r32(at)
@@ -185,6 +196,24 @@ impl Ip for V4 {
         w.w16(Self::TTL, w.r16(Self::TTL).wrapping_sub(TTL_UNIT));
     }
     #[inline(always)]
+    fn is_error(kind: u8) -> bool {
+        // Unreachable, source quench, time exceeded (`ip_vs_in_icmp`).
+        matches!(kind, 3 | 4 | 11)
+    }
+    #[inline(always)]
+    fn quoted_protocol(w: &impl Window, within: usize) -> Option<u8> {
+        let first = w.r16(L3 + 6 + within) & 0x1fffu16.to_be() == 0;
+        (w.r8(L3 + within) == 0x45 && first).then(|| w.r8(L3 + 9 + within))
+    }
+    #[inline(always)]
+    fn fix_quoted_header(w: &mut impl Window, within: usize, addresses: Delta) -> Delta {
+        crate::related::fix_checksum(w, L3 + 10 + within, addresses)
+    }
+    #[inline(always)]
+    fn total_len(w: &impl Window) -> u32 {
+        u32::from(u16::from_be(w.r16(L3 + 2)))
+    }
+    #[inline(always)]
     fn sum(address: u32) -> u64 {
         u64::from(address)
     }
@@ -240,6 +269,7 @@ impl Ip for V6 {
     const FAMILY: u8 = 6;
     const ETHERTYPE: u16 = 0x86dd;
     const TUNNELLED: u8 = 41;
+    const ICMP: u8 = IP_ICMP6;
     #[inline(always)]
     fn address(w: &impl Window, at: usize) -> [u64; 2] {
         [w.r64(at), w.r64(at + 8)]
@@ -303,6 +333,23 @@ impl Ip for V6 {
     #[inline(always)]
     fn forward_header(w: &mut impl Window, _: Delta) {
         Self::count_down(w);
+    }
+    #[inline(always)]
+    fn is_error(kind: u8) -> bool {
+        // Unreachable, too big, time exceeded, parameter problem.
+        matches!(kind, 1..=4)
+    }
+    #[inline(always)]
+    fn quoted_protocol(w: &impl Window, within: usize) -> Option<u8> {
+        (w.r8(L3 + within) >> 4 == 6).then(|| w.r8(L3 + 6 + within))
+    }
+    #[inline(always)]
+    fn fix_quoted_header(_: &mut impl Window, _: usize, addresses: Delta) -> Delta {
+        addresses
+    }
+    #[inline(always)]
+    fn total_len(w: &impl Window) -> u32 {
+        u32::from(u16::from_be(w.r16(L3 + 4))) + 40
     }
     #[inline(always)]
     fn sum(a: [u64; 2]) -> u64 {
@@ -387,7 +434,7 @@ pub fn parse<I: Ip, P: Packet>(p: &mut P) -> Result<Flow<I>, Verdict> {
     let (tcp, header) = match protocol {
         IP_TCP => (true, 20),
         IP_UDP => (false, 8),
-        IP_ICMP | IP_ICMP6 => return Err(pass(Reason::Icmp)),
+        IP_ICMP | IP_ICMP6 => return Err(Verdict::go(Stage::Related, 0)),
         _ => return Err(pass(Reason::OtherProtocol)),
     };
     if len < (I::HEADER + header) as u32 {

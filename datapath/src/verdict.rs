@@ -45,6 +45,10 @@ pub enum Stage {
     Tunnel = 12,
     /// Answer the client that the packet is too large; the number is how large it may be.
     TooBig = 13,
+    /// ICMP.
+    Related = 14,
+    /// An ICMP error into a tunnel to the dest that the number says.
+    ErrorTunnel = 15,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -106,7 +110,9 @@ impl Verdict {
             10 => Stage::Linked,
             11 => Stage::Anew,
             12 => Stage::Tunnel,
-            _ => Stage::TooBig,
+            13 => Stage::TooBig,
+            14 => Stage::Related,
+            _ => Stage::ErrorTunnel,
         };
         Some((stage, (self.0 >> 16) as u32))
     }
@@ -174,6 +180,8 @@ reasons! {
     Masq "nat" Forward "sent to a real server by NAT";
     MasqReply "nat_reply" Forward "reply of a real server, sent to the client from the virtual address";
     Tunnel "tun" Forward "sent to a real server in a tunnel";
+    ErrorIn "icmp_error_in" Forward "an ICMP error about a connection, sent to its real server";
+    ErrorOut "icmp_error_out" Forward "an ICMP error about a connection, sent to its client from the virtual address";
     Local "local" Forward "the real server is this host: handed up";
     ByKernel "nat_by_kernel" Forward "translated, and left to the kernel's forwarding: no ready next hop";
     TtlExceeded "ttl_exceeded" Answer "TTL used up: time exceeded sent to the client";

@@ -96,11 +96,11 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
     match core::arrive(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 make_way4 give_up4],
-                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4])
+                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 make_way6 give_up6],
-                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6])
+                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6])
         }),
         Err(verdict) => verdict,
     }
@@ -134,6 +134,10 @@ stages! {
     tc_tunnel4(dest) V4, Tunnel;
     tc_tunnel6(dest) V6, Tunnel;
     tc_too_big4(mtu) V4, TooBig;
+    tc_related4() V4, Related;
+    tc_related6() V6, Related;
+    tc_error_tunnel4(dest) V4, ErrorTunnel;
+    tc_error_tunnel6(dest) V6, ErrorTunnel;
     tc_too_big6(mtu) V6, TooBig;
     tc_time_exceeded4() V4, TimeExceeded;
     tc_time_exceeded6() V6, TimeExceeded;

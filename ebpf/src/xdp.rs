@@ -41,11 +41,11 @@ fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdi
     match family {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole4(ctx, ifindex), [first4 enter4 link4 make_way4 give_up4],
-                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4])
+                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole6(ctx, ifindex), [first6 enter6 link6 make_way6 give_up6],
-                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6])
+                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6])
         }),
         Err(verdict) => verdict,
     }
@@ -79,6 +79,10 @@ stages! {
     tunnel4(dest) V4, Tunnel;
     tunnel6(dest) V6, Tunnel;
     too_big4(mtu) V4, TooBig;
+    related4() V4, Related;
+    related6() V6, Related;
+    error_tunnel4(dest) V4, ErrorTunnel;
+    error_tunnel6(dest) V6, ErrorTunnel;
     too_big6(mtu) V6, TooBig;
     time_exceeded4() V4, TimeExceeded;
     time_exceeded6() V6, TimeExceeded;

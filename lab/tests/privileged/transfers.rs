@@ -23,7 +23,9 @@ pub fn tests() -> Vec<Test> {
     ];
     let cases = cases.map(|(name, hook, offload)| test(name, move || transfers(hook, offload)));
     let tunnels = tunnels.map(|(name, hook, offload)| test(name, move || through_tunnels(hook, offload)));
-    cases.into_iter().chain(tunnels).collect()
+    let narrow = [("a_narrow_path_xdp", Hook::Xdp), ("a_narrow_path_tc", Hook::Tc)];
+    let narrow = narrow.map(|(name, hook)| test(name, move || narrow_path(hook)));
+    cases.into_iter().chain(tunnels).chain(narrow).collect()
 }
 
 const TRANSFER_TIME: Duration = Duration::from_secs(30);
@@ -48,6 +50,30 @@ fn transfers(hook: Hook, offload: bool) -> TestResult {
             // 4 MB each way in frames of 1500 bytes; one frame may carry 64 KiB where segmentation is left to the device.
             let least = if offload { 4 * 1024 * 1024 / 65536 } else { 4 * 1024 * 1024 / 1500 };
             check(since.of(verdict) > least, || format!("{method}: the data plane forwarded {since}"))?;
+            rvs.ipvsadm(&format!("-D -t {vip}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A link to the client that takes smaller packets than the rest: its router tells the virtual address, and the real server, which is meant,
+/// has to hear of it.
+fn narrow_path(hook: Hook) -> TestResult {
+    let layout = Layout::TwoArmed;
+    let lab = lab(&layout.topology(&Options { servers: 1, offload: false, ..Options::default() }))?;
+    let rvs = director(&lab, layout.director_interfaces(), hook)?;
+    lab.node("router")?.run(&["ip", "link", "set", "client", "mtu", "1400"])?;
+    for (method, port) in [("-m", 8080), ("-g", 80)] {
+        for ipv6 in [false, true] {
+            let vip = vip(&lab, ipv6, 80)?;
+            serve(&lab, &rvs, "-t", vip, method, port)?;
+            // What the server has learnt by the method before.
+            lab.node("rs1")?.run(&["ip", if ipv6 { "-6" } else { "-4" }, "route", "flush", "cache"])?;
+            let before = rvs.verdicts()?;
+            there_and_back(&lab, vip, &format!("narrow-{method}-{ipv6}"))
+                .map_err(|why| format!("{method}, {vip}: {why:?}"))?;
+            let since = rvs.verdicts()?.since(&before);
+            check(since.of("icmp_error_in") > 0, || format!("{method}, {vip}: no error was passed on: {since}"))?;
             rvs.ipvsadm(&format!("-D -t {vip}"))?;
         }
     }
