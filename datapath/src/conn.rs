@@ -619,12 +619,13 @@ pub fn stamp_of(policy: &Policy, now_s: u32, of: usize) -> u32 {
 const STAMP_LIMIT_SHIFT: u32 = 18;
 
 /// Not 0 if the sweep has to look at this word: a forward entry that is expired (as [`expired`] says) or has its age of the other epoch.
-/// Or one that is being entered, perhaps. No branch.
+/// Or one that is being entered, perhaps. No branch, not even one that LLVM makes of a comparison ([`Buckets::sign`]): reverse entries have
+/// anything in the place of an age.
 #[inline(always)]
 fn due<F: Addressing, C: Conns<F> + ?Sized>(c: &C, control: u64) -> u64 {
     let stamp = c.stamp(ct::proto(control), ct::state(control));
     let ahead = (stamp >> AGE_SHIFT).wrapping_sub(control >> AGE_SHIFT).wrapping_add(7) & AGE_MASK;
-    let expired = ((stamp >> STAMP_LIMIT_SHIFT) + 7).wrapping_sub(ahead) >> 63;
+    let expired = c.table().sign(((stamp >> STAMP_LIMIT_SHIFT) + 7).wrapping_sub(ahead));
     (expired | (stamp ^ control) >> EPOCH_SHIFT) & !(control >> REVERSE.trailing_zeros()) & 1
 }
 

@@ -35,7 +35,7 @@ pub fn process<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
     }
 }
 
-/// Stages of one packet at most: a new flow's first packet takes five, and four more for each dest that can't take it.
+/// Stages of one packet at most: a new flow's first packet takes five (NAT, and into a tunnel), and four more for each dest that can't take it.
 const STAGES: u32 = 14;
 
 /// From stage to stage, until one has the verdict.
@@ -114,12 +114,14 @@ fn related<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
         return pass(Reason::Icmp);
     }
     let c = I::conns(t);
+    // It keeps no flow alive, and one that has timed out is none.
+    let over = |control| conn::expired(c.policy(), control, c.now_s());
     match ct::lookup::<I, _>(c.table(), &error.key) {
         Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &error.key, &hit) {
-            Some(reply) => error_to_client(p, t, &error, &reply),
-            None => pass(Reason::Icmp),
+            Some(reply) if !over(reply.forward.control) => error_to_client(p, t, &error, &reply),
+            _ => pass(Reason::Icmp),
         },
-        Found::Live(hit) => error_to_server(p, t, &error, conn::dest(hit.control)),
+        Found::Live(hit) if !over(hit.control) => error_to_server(p, t, &error, conn::dest(hit.control)),
         _ => pass(Reason::Icmp),
     }
 }

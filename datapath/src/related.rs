@@ -30,7 +30,9 @@ const fn quote<I: Ip>() -> usize {
 #[inline(always)]
 pub fn look<I: Ip, P: Packet>(p: &mut P) -> Option<Related<I>> {
     let w = p.window(quote::<I>() + I::HEADER + 8)?;
-    if !I::is_error(w.r8(I::L4)) {
+    let len = I::total_len(&w);
+    // All of it within the packet, not in what Ethernet pads it with.
+    if !I::is_error(w.r8(I::L4)) || len < (quote::<I>() - L3 + I::HEADER + 8) as u32 {
         return None;
     }
     let within = quote::<I>() - L3;
@@ -47,7 +49,7 @@ pub fn look<I: Ip, P: Packet>(p: &mut P) -> Option<Related<I>> {
     }
     let ports = u32::from_be(w.r32(quote::<I>() + I::HEADER));
     let key = Key::of(I::words(to, from), ports.rotate_left(16), proto);
-    Some(Related { key, ttl: w.r8(I::TTL), len: I::total_len(&w) })
+    Some(Related { key, ttl: w.r8(I::TTL), len })
 }
 
 /// Put an address and a port in the place of those of one end, and, in what is quoted, of the other end: `end` is that of the error itself.
