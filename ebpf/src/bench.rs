@@ -10,6 +10,7 @@ mod calls;
 mod ctx;
 mod flat;
 mod maps;
+mod object;
 mod stages;
 mod timer;
 mod words;
@@ -243,13 +244,3 @@ programs!(
     bench_put6,
     bench_sweep6
 );
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    // Never reached: the verifier refuses a program that could loop.
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -8,6 +8,7 @@ mod calls;
 mod ctx;
 mod flat;
 mod maps;
+mod object;
 mod skb;
 mod stages;
 mod tc;
@@ -42,13 +43,3 @@ pub fn rvs_tc_out(ctx: TcContext) -> i32 {
 pub fn rvs_pass(_: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    // Never reached: the verifier refuses a program that could loop.
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

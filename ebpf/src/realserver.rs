@@ -5,6 +5,7 @@
 
 #[allow(dead_code, reason = "the director's programs use all of it")]
 mod ctx;
+mod object;
 #[allow(dead_code, reason = "the director's programs use all of it")]
 mod skb;
 
@@ -56,13 +57,3 @@ fn unwrap(packet: &mut Skb, skb: *mut __sk_buff, opened: Opened) -> i32 {
     w.w16(ETHERTYPE, opened.ethertype.to_be());
     TC_ACT_UNSPEC as i32
 }
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    // Never reached: the verifier refuses a program that could loop.
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -37,24 +37,23 @@ pub(crate) use call;
 
 // Only parameters that are used: LLVM drops others, and the verifier then misses them at the call.
 macro_rules! open {
-    ($($name:ident($($number:ident)?) $family:ty, $stage:ident;)*) => { $(
+    ($($four:ident $six:ident($($number:ident)?) $stage:ident;)*) => { $(
+        open!(@ $four($($number)?) V4, $stage);
+        open!(@ $six($($number)?) V6, $stage);
+    )* };
+    (@ $name:ident($($number:ident)?) $family:ty, $stage:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name($($number: u32)?) -> u64 {
             let number = 0 $(+ $number)?;
             core::open::<$family, _>(&Maps::NOWHERE, &calls::kept(), Stage::$stage, number).word()
         }
-    )* };
+    };
 }
 open! {
-    first4() V4, First;
-    first6() V6, First;
-    enter4(dest) V4, Enter;
-    enter6(dest) V6, Enter;
-    link4(place) V4, Link;
-    link6(place) V6, Link;
-    make_way4(place) V4, MakeWay;
-    make_way6(place) V6, MakeWay;
-    give_up4(place) V4, GiveUp;
-    give_up6(place) V6, GiveUp;
+    first4 first6() First;
+    enter4 enter6(dest) Enter;
+    link4 link6(place) Link;
+    make_way4 make_way6(place) MakeWay;
+    give_up4 give_up6(place) GiveUp;
 }

@@ -107,7 +107,11 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
 }
 
 macro_rules! stages {
-    ($($name:ident($($number:ident)?) $family:ty, $stage:ident;)*) => { $(
+    ($($four:ident $six:ident($($number:ident)?) $stage:ident;)*) => { $(
+        stages!(@ $four($($number)?) V4, $stage);
+        stages!(@ $six($($number)?) V6, $stage);
+    )* };
+    (@ $name:ident($($number:ident)?) $family:ty, $stage:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff $(, $number: u32)?) -> u64 {
@@ -118,31 +122,20 @@ macro_rules! stages {
             let number = 0 $(+ $number)?;
             core::run::<$family, _, _>(&mut packet, &tables(skb), Stage::$stage, number).word()
         }
-    )* };
+    };
 }
 stages! {
-    tc_whole4() V4, Whole;
-    tc_whole6() V6, Whole;
-    tc_retire4() V4, Retire;
-    tc_retire6() V6, Retire;
-    tc_forward4(dest) V4, Forward;
-    tc_forward6(dest) V6, Forward;
-    tc_linked4(place) V4, Linked;
-    tc_linked6(place) V6, Linked;
-    tc_anew4(dest) V4, Anew;
-    tc_anew6(dest) V6, Anew;
-    tc_tunnel4(dest) V4, Tunnel;
-    tc_tunnel6(dest) V6, Tunnel;
-    tc_too_big4(mtu) V4, TooBig;
-    tc_related4() V4, Related;
-    tc_related6() V6, Related;
-    tc_error_tunnel4(dest) V4, ErrorTunnel;
-    tc_error_tunnel6(dest) V6, ErrorTunnel;
-    tc_too_big6(mtu) V6, TooBig;
-    tc_time_exceeded4() V4, TimeExceeded;
-    tc_time_exceeded6() V6, TimeExceeded;
-    tc_port_unreachable4() V4, PortUnreachable;
-    tc_port_unreachable6() V6, PortUnreachable;
+    tc_whole4 tc_whole6() Whole;
+    tc_retire4 tc_retire6() Retire;
+    tc_forward4 tc_forward6(dest) Forward;
+    tc_linked4 tc_linked6(place) Linked;
+    tc_anew4 tc_anew6(dest) Anew;
+    tc_tunnel4 tc_tunnel6(dest) Tunnel;
+    tc_too_big4 tc_too_big6(mtu) TooBig;
+    tc_related4 tc_related6() Related;
+    tc_error_tunnel4 tc_error_tunnel6(dest) ErrorTunnel;
+    tc_time_exceeded4 tc_time_exceeded6() TimeExceeded;
+    tc_port_unreachable4 tc_port_unreachable6() PortUnreachable;
 }
 
 macro_rules! leave {

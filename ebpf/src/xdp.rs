@@ -52,7 +52,11 @@ fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdi
 }
 
 macro_rules! stages {
-    ($($name:ident($($number:ident)?) $family:ty, $stage:ident;)*) => { $(
+    ($($four:ident $six:ident($($number:ident)?) $stage:ident;)*) => { $(
+        stages!(@ $four($($number)?) V4, $stage);
+        stages!(@ $six($($number)?) V6, $stage);
+    )* };
+    (@ $name:ident($($number:ident)?) $family:ty, $stage:ident) => {
         #[unsafe(no_mangle)]
         #[inline(never)]
         pub extern "C" fn $name(ctx: *mut xdp_md $(, $number: u32)?) -> u64 {
@@ -63,29 +67,18 @@ macro_rules! stages {
             let maps = Maps::of(&ctx, packet.ifindex());
             core::run::<$family, _, _>(&mut packet, &maps, Stage::$stage, number).word()
         }
-    )* };
+    };
 }
 stages! {
-    whole4(ifindex) V4, Whole;
-    whole6(ifindex) V6, Whole;
-    retire4() V4, Retire;
-    retire6() V6, Retire;
-    forward4(dest) V4, Forward;
-    forward6(dest) V6, Forward;
-    linked4(place) V4, Linked;
-    linked6(place) V6, Linked;
-    anew4(dest) V4, Anew;
-    anew6(dest) V6, Anew;
-    tunnel4(dest) V4, Tunnel;
-    tunnel6(dest) V6, Tunnel;
-    too_big4(mtu) V4, TooBig;
-    related4() V4, Related;
-    related6() V6, Related;
-    error_tunnel4(dest) V4, ErrorTunnel;
-    error_tunnel6(dest) V6, ErrorTunnel;
-    too_big6(mtu) V6, TooBig;
-    time_exceeded4() V4, TimeExceeded;
-    time_exceeded6() V6, TimeExceeded;
-    port_unreachable4() V4, PortUnreachable;
-    port_unreachable6() V6, PortUnreachable;
+    whole4 whole6(ifindex) Whole;
+    retire4 retire6() Retire;
+    forward4 forward6(dest) Forward;
+    linked4 linked6(place) Linked;
+    anew4 anew6(dest) Anew;
+    tunnel4 tunnel6(dest) Tunnel;
+    too_big4 too_big6(mtu) TooBig;
+    related4 related6() Related;
+    error_tunnel4 error_tunnel6(dest) ErrorTunnel;
+    time_exceeded4 time_exceeded6() TimeExceeded;
+    port_unreachable4 port_unreachable6() PortUnreachable;
 }
