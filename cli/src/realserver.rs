@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use rvs_control::firewall::Rules;
 use rvs_control::realserver::{Finding, GUE_PORT, Mode, Op, Refused, Wanted, desired};
-use rvs_sys::bpf::decap::KernelTunnels;
+use rvs_sys::bpf::programs::KernelPrograms;
 use rvs_sys::firewall::arp_readings;
 use rvs_sys::netlink::{NetError, Netlink};
 use rvs_sys::netns::{self, NetnsError};
@@ -34,9 +34,6 @@ pub enum Realserver {
 
 #[derive(Debug, Args)]
 pub struct UpArgs {
-    /// A virtual address; may be given several times
-    #[arg(long = "vip", value_name = "ADDRESS", required = true)]
-    vips: Vec<IpAddr>,
     #[command(flatten)]
     how: How,
     #[command(flatten)]
@@ -45,9 +42,6 @@ pub struct UpArgs {
 
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// A virtual address; may be given several times
-    #[arg(long = "vip", value_name = "ADDRESS")]
-    vips: Vec<IpAddr>,
     #[command(flatten)]
     how: How,
     #[command(flatten)]
@@ -57,11 +51,19 @@ pub struct CheckArgs {
 #[derive(Debug, Args)]
 pub struct DownArgs {
     #[command(flatten)]
+    processes: Processes,
+    #[command(flatten)]
     state: State,
 }
 
 #[derive(Debug, Args)]
 struct How {
+    /// A virtual address; may be given several times
+    #[arg(long = "vip", value_name = "ADDRESS")]
+    vips: Vec<IpAddr>,
+    /// An address by which a director sends, with --mode fullnat: one of its pool; may be given several times
+    #[arg(long = "director", value_name = "ADDRESS")]
+    directors: Vec<IpAddr>,
     /// How the director sends to this host
     #[arg(long, value_enum, default_value = "dr")]
     mode: ModeName,
@@ -74,6 +76,21 @@ struct How {
     /// The UDP port that GUE comes to, with --mode tun
     #[arg(long, value_name = "PORT", default_value_t = GUE_PORT)]
     gue_port: u16,
+    #[command(flatten)]
+    processes: Processes,
+}
+
+#[derive(Debug, Args)]
+struct Processes {
+    /// The cgroup whose processes, and those below it, are shown clients' own addresses [default: all of the host]
+    #[arg(long, value_name = "PATH")]
+    cgroup: Option<PathBuf>,
+}
+
+impl Processes {
+    fn programs(&self) -> KernelPrograms {
+        KernelPrograms { cgroup: self.cgroup.clone() }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -127,41 +144,52 @@ async fn run(args: &Realserver, stdout: &mut dyn Write, stderr: &mut dyn Write) 
 }
 
 async fn up(args: &UpArgs, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Result<u8, Error> {
-    let wanted = args.how.wanted(args.vips.clone());
+    let wanted = args.how.wanted();
     wanted.check().map_err(RealserverError::from)?;
     must_be_root("realserver up")?;
-    let (net, sysctl) = (Netlink::open()?, ProcSys::default());
-    let ops = realserver::up(&net, &sysctl, &KernelTunnels, &wanted, arp_rules(stderr), &args.state.record()?).await?;
+    let (net, sysctl, programs) = (Netlink::open()?, ProcSys::default(), args.how.processes.programs());
+    let ops = realserver::up(&net, &sysctl, &programs, &wanted, arp_rules(stderr), &args.state.record()?).await?;
     for op in &ops {
         match op {
             Op::Set { old, .. } => writeln!(stdout, "{op} (was {old})")?,
-            Op::AddAddr { .. } | Op::DelAddr { .. } | Op::Decap { .. } => writeln!(stdout, "{op}")?,
+            Op::AddAddr { .. } | Op::DelAddr { .. } | Op::Decap { .. } | Op::Directors { .. } => {
+                writeln!(stdout, "{op}")?;
+            }
         }
     }
     if ops.is_empty() {
         writeln!(stdout, "nothing to do")?;
     }
     // The plan says it is right now; the host has the last word.
-    let host = realserver::observe(&net, &sysctl, &KernelTunnels, arp_rules(stderr)).await?;
+    let host = realserver::observe(&net, &sysctl, &programs, arp_rules(stderr)).await?;
     let findings = desired(&wanted, &host).map_err(RealserverError::from)?;
     report(&wanted, &findings, stdout)
 }
 
 async fn check(args: &CheckArgs, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Result<u8, Error> {
-    let wanted = if args.vips.is_empty() {
-        args.state.record()?.told()?.ok_or(RealserverError::Refused(Refused::NoVip))?
+    let all = if args.how.vips.is_empty() && args.how.directors.is_empty() {
+        args.state.record()?.told()?
     } else {
-        args.how.wanted(args.vips.clone())
+        vec![args.how.wanted()]
     };
-    wanted.check().map_err(RealserverError::from)?;
-    let host = realserver::observe(&Netlink::open()?, &ProcSys::default(), &KernelTunnels, arp_rules(stderr)).await?;
-    let findings = desired(&wanted, &host).map_err(RealserverError::from)?;
-    report(&wanted, &findings, stdout)
+    if all.is_empty() {
+        return Err(RealserverError::Refused(Refused::NoVip).into());
+    }
+    let programs = args.how.processes.programs();
+    let host = realserver::observe(&Netlink::open()?, &ProcSys::default(), &programs, arp_rules(stderr)).await?;
+    let mut code = EXIT_DONE;
+    for wanted in all {
+        let findings = desired(&wanted, &host).map_err(RealserverError::from)?;
+        code = code.max(report(&wanted, &findings, stdout)?);
+    }
+    Ok(code)
 }
 
 async fn down(args: &DownArgs, stdout: &mut dyn Write) -> Result<u8, Error> {
     must_be_root("realserver down")?;
-    match realserver::down(&Netlink::open()?, &ProcSys::default(), &KernelTunnels, &args.state.record()?).await? {
+    match realserver::down(&Netlink::open()?, &ProcSys::default(), &args.processes.programs(), &args.state.record()?)
+        .await?
+    {
         Down::Nothing => writeln!(stdout, "nothing to put back: there is no record of an `rvs realserver up`")?,
         Down::Restored { notes } => {
             for note in notes {
@@ -180,8 +208,12 @@ fn report(wanted: &Wanted, findings: &[Finding], stdout: &mut dyn Write) -> Resu
         writeln!(stdout, "  mend: {mend}")?;
     }
     if findings.is_empty() {
-        let vips: Vec<String> = wanted.vips.iter().map(ToString::to_string).collect();
-        let how = if wanted.mode == Mode::Tun { "tunnels" } else { "direct routing" };
+        let vips: Vec<String> = wanted.vips.iter().chain(&wanted.directors).map(ToString::to_string).collect();
+        let how = match wanted.mode {
+            Mode::Dr => "direct routing",
+            Mode::Tun => "tunnels",
+            Mode::Fullnat => "full NAT, and shows its clients' addresses, from",
+        };
         writeln!(stdout, "ready for {how}: {}", vips.join(", "))?;
         return Ok(EXIT_DONE);
     }
@@ -204,13 +236,20 @@ fn must_be_root(command: &'static str) -> Result<(), Error> {
 }
 
 impl How {
-    fn wanted(&self, vips: Vec<IpAddr>) -> Wanted {
+    fn wanted(&self) -> Wanted {
         let mode = match self.mode {
             ModeName::Dr => Mode::Dr,
             ModeName::Tun => Mode::Tun,
             ModeName::Fullnat => Mode::Fullnat,
         };
-        Wanted { mode, vips, interfaces: self.interfaces.clone(), static_arp: self.static_arp, gue_port: self.gue_port }
+        Wanted {
+            mode,
+            vips: self.vips.clone(),
+            directors: self.directors.clone(),
+            interfaces: self.interfaces.clone(),
+            static_arp: self.static_arp,
+            gue_port: self.gue_port,
+        }
     }
 }
 

@@ -81,7 +81,7 @@ impl Capabilities {
             masq: true,
             route: true,
             tunnels: [TunnelKind::Ipip, TunnelKind::Gue, TunnelKind::Gre].into(),
-            fullnat: false,
+            fullnat: true,
             mixed_families: true,
             persistence: false,
             engines: false,
@@ -225,6 +225,8 @@ mod tests {
             Command::EditDest(service(80), dest(FwdMethod::Route)),
             Command::AddDest(service(80), dest(FwdMethod::Tunnel(Tunnel::IPIP))),
             Command::AddDest(service(80), mixed),
+            Command::AddDest(service(80), dest(FwdMethod::Fullnat)),
+            Command::AddLocalAddress(service(80), "10.0.0.9".parse().unwrap()),
             Command::Flush,
             Command::Zero(None),
             Command::StopDaemon(DaemonRole::Master),
@@ -258,10 +260,8 @@ mod tests {
             (Command::AddService(service(80), ServiceSpec { persistence_s: Some(300), ..spec("rr") }), "-p"),
             (Command::AddService(service(80), ServiceSpec { engine: Some("sip".into()), ..spec("rr") }), "--pe"),
             (Command::AddService(service(80), ServiceSpec { one_packet: true, ..spec("rr") }), "-o"),
-            (Command::AddDest(service(80), dest(FwdMethod::Fullnat)), "--fullnat"),
             (Command::AddDest(service(80), Dest { upper: 10, ..dest(FwdMethod::Masq) }), "-x"),
             (Command::StartDaemon(daemon), "sync"),
-            (Command::AddLocalAddress(service(80), "10.0.0.9".parse().unwrap()), "local address"),
         ]
     }
 

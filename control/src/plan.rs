@@ -10,6 +10,7 @@
 //! then a dest that is added again, by the same name to the same service, gets its index back, and its connections
 //! flow again (the kernel's trash, `ip_vs_trash_get_dest`).
 
+mod op;
 mod place;
 mod record;
 mod restore;
@@ -26,6 +27,7 @@ use rvs_datapath::sched::mh;
 
 use crate::lists;
 use crate::model::{Change, Dest, DestKey, Model, Scheduler, Service, ServiceKey};
+pub use op::MapOp;
 use place::{Indexes, Run, Runs};
 pub use record::bytes;
 use record::{abi_key, describe, method_bits, tunnel_record};
@@ -33,75 +35,6 @@ pub use restore::{Dump, DumpedDest, DumpedService, RestoreError};
 
 /// Longer than any packet is under way in the data plane.
 pub const GRACE_MS: u64 = 50;
-
-/// One write. Values of `abi` are whole; the counters' offsets in them are kept as they are in the maps, except where said.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MapOp {
-    /// Lead a virtual address to a service, or (`None`) no longer.
-    Key {
-        key: abi::ServiceKey,
-        value: Option<u64>,
-    },
-    /// A service's record. `fresh`: its counters begin at zero.
-    Service {
-        index: u32,
-        value: abi::Service,
-        fresh: bool,
-    },
-    /// Change the list `old` and the machines that go with it, write the new run at `first`, and publish it.
-    List {
-        service: u32,
-        old: Vec<ListEntry>,
-        change: lists::Change,
-        first: u32,
-    },
-    /// A hash scheduler's table, published; empty: none.
-    Table {
-        service: u32,
-        first: u32,
-        places: Vec<u32>,
-    },
-    Dest {
-        index: u32,
-        value: abi::Dest,
-    },
-    DestInfo {
-        index: u32,
-        value: abi::DestInfo,
-    },
-    /// How packets for it are wrapped.
-    Tunnel {
-        index: u32,
-        value: abi::Tunnel,
-    },
-    /// Weight 0, for hash schedulers.
-    Quiesced {
-        index: u32,
-        quiesced: bool,
-    },
-    /// A dest's counters begin to count for a service; `fresh`: its own from zero.
-    StatsIn {
-        service: u32,
-        dest: u32,
-        fresh: bool,
-    },
-    /// ... and no longer do. What they were stays with the service.
-    StatsOut {
-        service: u32,
-        dest: u32,
-    },
-    /// Show the counters of a service and these dests from zero.
-    Zero {
-        service: u32,
-        dests: Vec<u32>,
-    },
-    Hop {
-        index: u32,
-        value: abi::Hop,
-    },
-    /// Timeouts of states, from the ones there are; in seconds: ESTABLISHED, FIN_WAIT, UDP.
-    Timeouts(conn::Timeouts),
-}
 
 /// What can be in the way of a change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -151,6 +84,7 @@ struct Placed {
     list: Vec<ListEntry>,
     run: Run,
     table: Option<Run>,
+    locals: Option<Run>,
     dests: BTreeMap<DestKey, PlacedDest>,
 }
 
@@ -178,6 +112,7 @@ struct Rest {
     hop_indexes: Indexes,
     lists: Runs,
     tables: Runs,
+    locals: Runs,
     trash: BTreeMap<(ServiceKey, DestKey), Trashed>,
     /// Trashed without a name: found in the maps at start, or of a former method.
     nameless: BTreeSet<u32>,
@@ -220,6 +155,7 @@ impl Planner {
                 hop_indexes: Indexes::new("next hop", 1, c.hops),
                 lists: Runs::new("list of real servers", c.lists),
                 tables: Runs::new("table of a hash scheduler", c.tables),
+                locals: Runs::new("list of local addresses", abi::LOCALS_MAX),
                 trash: BTreeMap::new(),
                 nameless: BTreeSet::new(),
             },
@@ -256,10 +192,10 @@ impl Planner {
                 Ok(())
             }
             // Places for what the data plane can't do yet; the capability table refuses the commands.
-            Change::DaemonStarted(_)
-            | Change::DaemonStopped { .. }
-            | Change::LocalAddressAdded { .. }
-            | Change::LocalAddressRemoved { .. } => Ok(()),
+            Change::DaemonStarted(_) | Change::DaemonStopped { .. } => Ok(()),
+            Change::LocalAddressAdded { service, .. } | Change::LocalAddressRemoved { service, .. } => {
+                self.relocate(model, *service, now_ms, &mut step)
+            }
         };
         match done {
             Ok(()) => Ok(step),
@@ -330,7 +266,8 @@ impl Planner {
             first: run.first,
         });
         step.ops.push(MapOp::Key { key: record.key, value: Some(u64::from(index) | record.serial << 32) });
-        let mut placed = Placed { index, record, list: Vec::new(), run, table: None, dests: BTreeMap::new() };
+        let mut placed =
+            Placed { index, record, list: Vec::new(), run, table: None, locals: None, dests: BTreeMap::new() };
         self.retable(&mut placed, service, 0, step)?;
         self.services.insert(key, placed);
         Ok(())
@@ -371,7 +308,30 @@ impl Planner {
         if let Some(table) = placed.table {
             self.rest.tables.retire(table, now_ms);
         }
+        if let Some(locals) = placed.locals {
+            self.rest.locals.retire(locals, now_ms);
+        }
         self.rest.service_indexes.retire(placed.index, now_ms);
+    }
+
+    /// The local addresses of a service. (Those that connections have go on being theirs.)
+    fn relocate(&mut self, model: &Model, key: ServiceKey, now_ms: u64, step: &mut Step) -> Result<(), PlanError> {
+        let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
+            return Ok(());
+        };
+        self.remember(key, step);
+        let addresses: Vec<_> = service.local_addresses.iter().map(|a| abi::Local { address: bytes(*a) }).collect();
+        let run = match addresses.len() as u32 {
+            0 => None,
+            count => Some(self.rest.locals.take(count)?),
+        };
+        if let Some(old) = std::mem::replace(&mut placed.locals, run) {
+            self.rest.locals.retire(old, now_ms);
+        }
+        placed.record.locals = run.map_or(0, |r| u64::from(r.first) | u64::from(r.len) << 32);
+        step.ops.push(MapOp::Locals { service: placed.index, first: run.map_or(0, |r| r.first), addresses });
+        self.services.insert(key, placed);
+        Ok(())
     }
 
     fn zero(&mut self, one: Option<ServiceKey>, step: &mut Step) {
@@ -664,7 +624,8 @@ impl Planner {
     pub fn has_local_masq(&self) -> bool {
         self.dests.values().any(|m| {
             let flags = m.record.out as u32;
-            flags & flag::LOCAL != 0 && flags & flag::METHOD == flag::MASQ && flags & flag::AVAILABLE != 0
+            let by_nat = matches!(flags & flag::METHOD, flag::MASQ | flag::FULLNAT);
+            flags & flag::LOCAL != 0 && by_nat && flags & flag::AVAILABLE != 0
         })
     }
 
@@ -672,7 +633,8 @@ impl Planner {
     fn pointed(&self, mut mirror: Mirror) -> Mirror {
         let (record, address) = (&mut mirror.record, mirror.address);
         // Of this host it is known at once; a reply of NAT must first find its egress program.
-        let at_once = self.locals.contains(&address) && record.out as u32 & flag::METHOD != flag::MASQ;
+        let by_nat = matches!(record.out as u32 & flag::METHOD, flag::MASQ | flag::FULLNAT);
+        let at_once = self.locals.contains(&address) && !by_nat;
         let way = if at_once { Some(&Way::Local) } else { self.ways.get(&address) };
         let hop = way.and_then(hop_key).and_then(|k| self.hops.get(&k)).copied().unwrap_or(0);
         let local = if way == Some(&Way::Local) { flag::LOCAL } else { 0 };
@@ -740,6 +702,7 @@ impl Planner {
         self.rest.hop_indexes.reclaim(until);
         self.rest.lists.reclaim(until);
         self.rest.tables.reclaim(until);
+        self.rest.locals.reclaim(until);
     }
 
     // ---- for listings

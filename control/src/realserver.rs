@@ -12,6 +12,9 @@
 //! * Replies leave by the route to the client, which need not be the interface of the request: with strict
 //!   `rp_filter` (`__fib_validate_source`) the request is dropped then.
 //!
+//! By full NAT it comes from an address of the director, to an address of this host: it needs nothing but programs that show the client's
+//! own address, which the director tells in a TCP option. Believed is only a director.
+//!
 //! In a tunnel the request comes inside a packet for the real server's own address: a program at the interface takes it out, and from
 //! there on it is as above.
 //!
@@ -39,7 +42,10 @@ pub enum Mode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     pub mode: Mode,
+    /// Not for [`Mode::Fullnat`].
     pub vips: Vec<IpAddr>,
+    /// The director's local addresses ([`Mode::Fullnat`]).
+    pub directors: Vec<IpAddr>,
     /// Interfaces by which requests may come; empty is every Ethernet interface that is up and speaks ARP.
     pub interfaces: Vec<String>,
     /// The administrator says that the routers and clients on the link hold static ARP entries for the VIPs: then it
@@ -69,6 +75,8 @@ pub struct Observed {
     pub settings: BTreeMap<String, i64>,
     /// By interface.
     pub decap: BTreeMap<String, Decap>,
+    /// Whose word about clients' addresses is taken.
+    pub directors: BTreeSet<IpAddr>,
     /// For ARP rules that do the job of the settings.
     pub rules: Rules,
 }
@@ -90,6 +98,11 @@ pub enum Op {
         old: Option<Decap>,
         new: Option<Decap>,
     },
+    /// Whose word about clients' addresses is taken; nobody's: without the programs.
+    Directors {
+        old: BTreeSet<IpAddr>,
+        new: BTreeSet<IpAddr>,
+    },
     /// `key` is a path below /proc/sys.
     Set {
         key: String,
@@ -105,6 +118,7 @@ impl Op {
             Self::AddAddr { link, addr } => Self::DelAddr { link, addr },
             Self::DelAddr { link, addr } => Self::AddAddr { link, addr },
             Self::Decap { link, old, new } => Self::Decap { link, old: new, new: old },
+            Self::Directors { old, new } => Self::Directors { old: new, new: old },
             Self::Set { key, old, new } => Self::Set { key, old: new, new: old },
         }
     }
@@ -130,6 +144,11 @@ impl fmt::Display for Op {
             Self::Decap { link, new: Some(decap), .. } => {
                 write!(f, "rvs realserver up --mode tun --interface {link} --gue-port {}", decap.gue_port)?;
                 decap.vips.iter().try_for_each(|vip| write!(f, " --vip {vip}"))
+            }
+            Self::Directors { new, .. } if new.is_empty() => f.write_str("rvs realserver down"),
+            Self::Directors { new, .. } => {
+                f.write_str("rvs realserver up --mode fullnat")?;
+                new.iter().try_for_each(|director| write!(f, " --director {director}"))
             }
             Self::Set { key, new, .. } => write!(f, "sysctl -w {}={new}", setting_name(key)),
         }
@@ -179,6 +198,10 @@ pub enum Problem {
     StrictSource {
         link: String,
     },
+    /// Connections from there don't show whose they are.
+    ClientHidden {
+        director: IpAddr,
+    },
     /// Packets for the VIPs stay in their tunnels.
     NotTakenOut {
         link: String,
@@ -205,6 +228,9 @@ impl fmt::Display for Problem {
             Self::StrictSource { link } => {
                 write!(f, "{link} drops requests of clients that are routed by another interface: its rp_filter is 1")
             }
+            Self::ClientHidden { director } => {
+                write!(f, "connections from the director's address {director} don't show their clients' addresses")
+            }
             Self::NotTakenOut { link } => write!(f, "{link} leaves packets for the VIPs in their tunnels"),
         }
     }
@@ -223,6 +249,7 @@ impl Problem {
             Self::AnnouncesVip { .. } => {
                 "replies carry the VIP as source, and asking for the next hop's address would show it"
             }
+            Self::ClientHidden { .. } => "servers would log the director, and keep everybody out or nobody",
             Self::NotTakenOut { .. } => "without a tunnel device of the kernel they reach nobody",
             Self::StrictSource { .. } => "strict reverse path filtering wants the way back to be the way in",
         }
@@ -261,10 +288,14 @@ impl fmt::Display for Mend {
 /// Why it can't be done at all; nothing was looked at further.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    #[error("mode {0} is not possible yet: only dr and tun are")]
-    NotYet(&'static str),
     #[error("no VIP was given: name at least one with --vip")]
     NoVip,
+    #[error("no director was given: name each local address of its pool (ipvsadm -G) with --director")]
+    NoDirector,
+    #[error("a real server for full NAT has no VIP: leave {0} out")]
+    NeedsNoVip(IpAddr),
+    #[error("only full NAT asks for the director's address: leave {0} out")]
+    NeedsNoDirector(IpAddr),
     #[error("{vip} cannot be a VIP: it is {why}")]
     BadVip { vip: IpAddr, why: &'static str },
     #[error("there is no interface {0} in this network namespace")]
@@ -283,12 +314,12 @@ impl Wanted {
     /// # Errors
     /// [`Refused`] for what can never work, whatever the host is like.
     pub fn check(&self) -> Result<(), Refused> {
-        match self.mode {
-            Mode::Dr | Mode::Tun => {}
-            Mode::Fullnat => return Err(Refused::NotYet("fullnat")),
-        }
-        if self.vips.is_empty() {
-            return Err(Refused::NoVip);
+        match (self.mode, self.vips.first(), self.directors.first()) {
+            (Mode::Fullnat, Some(vip), _) => return Err(Refused::NeedsNoVip(*vip)),
+            (Mode::Fullnat, None, None) => return Err(Refused::NoDirector),
+            (Mode::Dr | Mode::Tun, _, Some(director)) => return Err(Refused::NeedsNoDirector(*director)),
+            (Mode::Dr | Mode::Tun, None, None) => return Err(Refused::NoVip),
+            (Mode::Fullnat, None, Some(_)) | (Mode::Dr | Mode::Tun, Some(_), None) => {}
         }
         let bad = |vip: &IpAddr| {
             let why = match vip {
@@ -360,6 +391,9 @@ fn interfaces<'a>(wanted: &Wanted, links: &'a [Link]) -> Result<Vec<&'a Link>, R
 /// [`Refused`] when the question makes no sense on this host.
 pub fn desired(wanted: &Wanted, host: &Observed) -> Result<Vec<Finding>, Refused> {
     wanted.check()?;
+    if wanted.mode == Mode::Fullnat {
+        return Ok(believed(wanted, host));
+    }
     let interfaces = interfaces(wanted, &host.links)?;
     let mut findings = Vec::new();
     if wanted.mode == Mode::Tun {
@@ -456,6 +490,16 @@ fn arp_announce(wanted: &Wanted, host: &Observed, link: &Link) -> Option<Finding
     }
     let problem = Problem::AnnouncesVip { link: link.name.clone(), value };
     Some(Finding { problem, mend: host.set_both(link, "arp_announce", 2) })
+}
+
+/// What is there already stays: directors add up.
+fn believed(wanted: &Wanted, host: &Observed) -> Vec<Finding> {
+    let new: BTreeSet<IpAddr> = host.directors.iter().chain(&wanted.directors).copied().collect();
+    let op = Op::Directors { old: host.directors.clone(), new };
+    let missing = wanted.directors.iter().filter(|d| !host.directors.contains(d));
+    let finding =
+        |d: &IpAddr| Finding { problem: Problem::ClientHidden { director: *d }, mend: Mend::Ops(vec![op.clone()]) };
+    missing.map(finding).collect()
 }
 
 /// What is there already stays: VIPs add up.

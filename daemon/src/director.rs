@@ -10,7 +10,7 @@ use rvs_control::model::{Change, Command, Env, FwdMethod, Model};
 use rvs_control::net::Link;
 use rvs_control::plan::{Capacity, GRACE_MS, PlanError, Planner, RestoreError, Step, Way};
 use rvs_sys::bpf::attach::Hook;
-use rvs_sys::bpf::{BpfError, Dataplane};
+use rvs_sys::bpf::{BpfError, Dataplane, OBJECT};
 use tokio::sync::watch;
 
 use crate::rates::Estimator;
@@ -101,6 +101,10 @@ impl Director {
         let command = Command::try_from(command).map_err(|e| Refusal::from(&e))?;
         self.capabilities.check(&command).map_err(|e| Refusal::from(&e))?;
         let change = self.model.apply(&command, &self.host).map_err(|e| Refusal::from(&e))?;
+        if let Err(error) = self.make_sides(&change) {
+            self.model.revert(change);
+            return Err(Refusal::new(Code::Failed, shown(&error)));
+        }
         let step = match self.plan(&change) {
             Ok(step) => step,
             Err(error) => {
@@ -114,6 +118,20 @@ impl Director {
         }
         tracing::debug!(?command, "done");
         self.note_unready(&change);
+        Ok(())
+    }
+
+    /// The first real server by FULLNAT: what that keeps of its flows needs room.
+    fn make_sides(&mut self, change: &Change) -> Result<(), BpfError> {
+        let (service, dest) = match change {
+            Change::DestAdded { service, dest } => (service, *dest),
+            Change::DestEdited { service, before } => (service, before.key),
+            _ => return Ok(()),
+        };
+        let method = self.model.service(service).and_then(|s| s.dest(&dest)).map(|d| d.method);
+        if method == Some(FwdMethod::Fullnat) && self.dataplane.make_sides(OBJECT)? {
+            tracing::info!("room made for connections by full NAT");
+        }
         Ok(())
     }
 

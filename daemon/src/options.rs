@@ -55,6 +55,7 @@ impl Options {
             lists: (self.dests.saturating_mul(2)).saturating_add(self.services.saturating_mul(4)).max(65536),
             tables: self.hash_services.saturating_add(2).saturating_mul(4096),
             hops: self.dests.saturating_mul(2),
+            fullnat: false,
         }
     }
 }

@@ -49,6 +49,11 @@ pub mod map {
     pub const DEST_INFO: &str = "DEST_INFO";
     /// [`super::DestState`] by dest index.
     pub const DEST_STATE: &str = "DEST_STATE";
+    /// [`super::Local`]: FULLNAT's local addresses, each service's a run of entries.
+    pub const LOCALS: &str = "LOCALS";
+    /// Words of [`crate::conn::fullnat`] by slot of the forward entry. They have one entry until there is a dest by that method.
+    pub const SIDE4: &str = "SIDE4";
+    pub const SIDE6: &str = "SIDE6";
     /// [`super::CpuStats`] by dest index, such an array for each CPU.
     pub const DEST_STATS: &str = "DEST_STATS";
     /// [`super::ListEntry`]: the services' lists of dests, each a run of entries.
@@ -97,9 +102,15 @@ pub struct Clock {
     pub stamps: Stamps,
 }
 impl Clock {
+    /// A number that grows by one in about four microseconds (by whole ticks), for first sequence numbers (RFC 6528).
+    #[inline(always)]
+    pub fn sequence(tick_ns: u64) -> u32 {
+        (tick_ns >> 12) as u32
+    }
     /// A clock that stands at this second.
     pub fn at(now_s: u32, policy: &Policy) -> Clock {
-        Clock { now_s, stamps: Stamps::new(policy, now_s), ..Clock::default() }
+        let tick_ns = u64::from(now_s) * 1_000_000_000;
+        Clock { now_s, tick_ns, stamps: Stamps::new(policy, now_s), ..Clock::default() }
     }
 }
 
@@ -184,8 +195,19 @@ pub struct Service {
     pub serial: u64,
     /// What `-Z`, and dests that left, took from or gave to the sum of the dests' counters (wrapping).
     pub offset: Stats,
-    pub spare: u64,
+    /// First entry in LOCALS (low half) and number of local addresses (high half). One store publishes them.
+    pub locals: u64,
 }
+
+/// A local address of FULLNAT.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Local {
+    pub address: [u8; 16],
+}
+
+/// Local addresses of all services.
+pub const LOCALS_MAX: u32 = 16384;
 
 /// The schedulers' machines, a word each.
 #[repr(C)]
@@ -237,6 +259,13 @@ pub struct Dest {
     pub mtu: u16,
     /// Index of its service.
     pub service: u32,
+}
+impl Dest {
+    /// Do its flows have one of our own addresses as their source? (FULLNAT; of no use to a real server that is this host.)
+    #[inline(always)]
+    pub fn lends(&self) -> bool {
+        self.out as u32 & (dest::METHOD | dest::LOCAL) == dest::FULLNAT
+    }
 }
 
 /// How packets for a dest are wrapped (method TUNNEL).
@@ -292,6 +321,8 @@ pub struct DestState {
     /// Bit 0: overloaded (thresholds).
     pub flags: u64,
     pub persistent: u64,
+    /// Local addresses and ports lent so far (FULLNAT): where to look for the next.
+    pub lent: u64,
 }
 
 #[repr(C)]
@@ -323,6 +354,9 @@ pub struct Hop {
     pub ifindex: u32,
 }
 pub const REPLY_HOPS_MAX: u32 = 256;
+/// Words of a row of SIDE4 and of SIDE6.
+pub const SIDE4_WORDS: usize = 4;
+pub const SIDE6_WORDS: usize = 8;
 /// Room for the programs' own structures.
 pub const SCRATCH_WORDS: usize = 64;
 
@@ -338,7 +372,8 @@ const _: () = {
     assert!(size_of::<Dest>() == 32);
     assert!(size_of::<Tunnel>() == 24);
     assert!(size_of::<DestInfo>() == 24 + 40);
-    assert!(size_of::<DestState>() == 32);
+    assert!(size_of::<DestState>() == 40);
+    assert!(size_of::<Local>() == 16);
     assert!(size_of::<Stats>() == 40);
     assert!(size_of::<CpuStats>() == 64);
     assert!(size_of::<Hop>() == 16);

@@ -23,13 +23,19 @@
 //!
 //! # One state a flow
 //! A NAT flow has two entries. The forward one (LINKED) owns state and age and stays where it is; the reverse one names its
-//! slot. `VIP:vport` of a reply are the forward entry's own destination. Whoever frees one of them frees the other.
+//! slot. `VIP:vport` of a reply are the forward entry's own destination. Whoever frees one of them frees the other. ([`fullnat`] has what
+//! more there is to a flow by that method.)
 //!
 //! # Counters are exact
 //! Whoever wins the compare-and-swap that frees, evicts or changes an entry moves its dest's ActiveConn and InActConn.
 //! A new entry is counted before it can be seen, so no counter is ever taken below zero.
 
 use crate::ct::{self, Buckets, Cost, Entry, Family, Found, Hit, Key, LINKED, Look, Outcome, REVERSE, Rank, Slot};
+
+mod addressing;
+pub mod fullnat;
+
+pub use addressing::Addressing;
 
 pub const DEST_SHIFT: u32 = 19;
 /// Largest dest index; 0 is not one.
@@ -278,46 +284,6 @@ pub fn rank(policy: &Policy, control: u64, now_s: u32, sign: impl Fn(u64) -> u64
     class << ct::RANK_CLASS | youth << 3
 }
 
-/// An address as a family's key words hold it.
-pub trait Addressing: Family {
-    type Addr: Copy + PartialEq + core::fmt::Debug + Default;
-    fn words(source: Self::Addr, destination: Self::Addr) -> Self::Words;
-    fn source(words: &Self::Words) -> Self::Addr;
-    fn destination(words: &Self::Words) -> Self::Addr;
-}
-impl Addressing for ct::V4 {
-    /// As it lies in the packet.
-    type Addr = u32;
-    #[inline(always)]
-    fn words(source: u32, destination: u32) -> [u64; 1] {
-        [source as u64 | (destination as u64) << 32]
-    }
-    #[inline(always)]
-    fn source(words: &[u64; 1]) -> u32 {
-        words[0] as u32
-    }
-    #[inline(always)]
-    fn destination(words: &[u64; 1]) -> u32 {
-        (words[0] >> 32) as u32
-    }
-}
-impl Addressing for ct::V6 {
-    /// As it lies in the packet.
-    type Addr = [u64; 2];
-    #[inline(always)]
-    fn words(s: [u64; 2], d: [u64; 2]) -> [u64; 4] {
-        [s[0], s[1], d[0], d[1]]
-    }
-    #[inline(always)]
-    fn source(words: &[u64; 4]) -> [u64; 2] {
-        [words[0], words[1]]
-    }
-    #[inline(always)]
-    fn destination(words: &[u64; 4]) -> [u64; 2] {
-        [words[2], words[3]]
-    }
-}
-
 /// What the meaning of an entry needs beside its words.
 pub trait Conns<F: Addressing> {
     type Table: Buckets<F>;
@@ -333,6 +299,16 @@ pub trait Conns<F: Addressing> {
     fn account(&self, dest: u32, active: i64, inactive: i64);
     /// Address and port (host order; 0: the flow's own) of a dest.
     fn dest_address(&self, dest: u32) -> Option<(F::Addr, u16)>;
+    /// Do flows to this dest have a local address of the director as their source?
+    #[inline(always)]
+    fn fullnat(&self, _dest: u32) -> bool {
+        false
+    }
+    /// What is kept of such a flow beside its forward entry, in that slot ([`fullnat`]); `None`: there is no place for it.
+    #[inline(always)]
+    fn side(&self, _slot: Slot) -> Option<<Self::Table as Buckets<F>>::B<'_>> {
+        None
+    }
 
     // Methods, so that a BPF program can make functions of their own of them.
     /// Insert, and release whom it cost. `FULL` if it cost what is in slot `own`, the forward entry of a reverse one.
@@ -366,12 +342,12 @@ pub fn release<F: Addressing, C: Conns<F> + ?Sized>(c: &C, entry: &Entry<F::Word
     if entry.control & REVERSE == 0 {
         count(c, entry.control, -1);
         if entry.control & LINKED != 0
-            && let Some(key) = reverse_key(c, &entry.key::<F>(c.table().seed()), entry.control)
+            && let Some(key) = reverse_key(c, &entry.key::<F>(c.table().seed()), entry.control, entry.slot)
             && let Found::Live(hit) = ct::lookup::<F, _>(c.table(), &key)
             && hit.control & REVERSE != 0
             && link_of(hit.control) == entry.slot
             // The flow may be back by now, in the same slot, and the reverse entry be the new one.
-            && forward_of(c, &key, entry.slot).is_none()
+            && forward_of(c, &key, hit.control).is_none()
         {
             // Whatever the next hop; but that one.
             const SAME: u64 = LINK | ct::STATE;
@@ -379,7 +355,7 @@ pub fn release<F: Addressing, C: Conns<F> + ?Sized>(c: &C, entry: &Entry<F::Word
         }
         return;
     }
-    if let Some((hit, key)) = forward_of(c, &entry.key::<F>(c.table().seed()), link_of(entry.control)) {
+    if let Some((hit, key)) = forward_of(c, &entry.key::<F>(c.table().seed()), entry.control) {
         discard(c, &hit, &key.words);
     }
 }
@@ -392,13 +368,17 @@ fn discard<F: Addressing, C: Conns<F> + ?Sized>(c: &C, hit: &HitOf<'_, F, C>, wo
     }
 }
 
-/// Key of the replies to a forward entry: from the dest to the client.
+/// Key of the replies to a forward entry: from the dest to the client, or to the local address that it was lent.
 #[inline(always)]
 pub fn reverse_key<F: Addressing, C: Conns<F> + ?Sized>(
     c: &C,
     forward: &Key<F::Words>,
     control: u64,
+    slot: Slot,
 ) -> Option<Key<F::Words>> {
+    if c.fullnat(dest(control)) {
+        return fullnat::reverse_key(c, forward, control, slot);
+    }
     let (address, port) = c.dest_address(dest(control))?;
     let port = if port == 0 { forward.dport() } else { port };
     let words = F::words(address, F::source(&forward.words));
@@ -408,9 +388,22 @@ pub fn reverse_key<F: Addressing, C: Conns<F> + ?Sized>(
 /// A forward entry and its key.
 type Forward<'a, F, C> = (HitOf<'a, F, C>, Key<<F as Family>::Words>);
 
-/// The forward entry that a reverse one names, and its key, if it (still) is that of `reply`'s flow.
+/// The forward entry that a reverse one (its control word) names, and its key, if it (still) is that of `reply`'s flow.
 #[inline(always)]
 fn forward_of<'a, F: Addressing, C: Conns<F> + ?Sized>(
+    c: &'a C,
+    reply: &Key<F::Words>,
+    reverse: u64,
+) -> Option<Forward<'a, F, C>> {
+    if reverse & LINKED != 0 {
+        return fullnat::forward_of(c, reply, link_of(reverse));
+    }
+    forward_at(c, reply, link_of(reverse))
+}
+
+/// The same for NAT.
+#[inline(always)]
+fn forward_at<'a, F: Addressing, C: Conns<F> + ?Sized>(
     c: &'a C,
     reply: &Key<F::Words>,
     slot: Slot,
@@ -518,7 +511,7 @@ fn slot_of(place: Place) -> Slot {
 /// apart.)
 #[inline(always)]
 pub fn dest_at<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, place: Place) -> Option<u32> {
-    let control = ct::glance::<F, _>(c.table(), slot_of(place), key)?;
+    let control = ct::glance::<F, _>(c.table(), slot_of(place), key)?.control;
     (control & REVERSE == 0).then(|| dest(control))
 }
 
@@ -530,10 +523,9 @@ pub fn link<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, pla
     // If it has become another flow's meanwhile, the reverse entry leads nowhere, and goes when it is first met.
     let forward = ct::peek::<F, _>(c.table(), slot).control;
     // The dest was taken away this instant: no place.
-    let Some((address, port)) = c.dest_address(dest(forward)) else { return Outcome::FULL };
-    let port = if port == 0 { key.dport() } else { port };
-    let reverse = Key::new(F::words(address, F::source(&key.words)), port, key.sport(), ct::proto(forward));
-    let rest = REVERSE | (slot as u64) << LINK_SHIFT | (class::HALF_OPEN as u64) << CLASS_SHIFT;
+    let Some(reverse) = reverse_key(c, key, forward, slot) else { return Outcome::FULL };
+    let lent = if c.fullnat(dest(forward)) { LINKED } else { 0 };
+    let rest = lent | REVERSE | (slot as u64) << LINK_SHIFT | (class::HALF_OPEN as u64) << CLASS_SHIFT;
     c.enter(&reverse, rest | (place >> 24) as u64 & ct::STATE, slot)
 }
 
@@ -556,14 +548,14 @@ pub fn make_way<F: Addressing, C: Conns<F> + ?Sized>(
 ) -> Option<Place> {
     let slot = slot_of(place);
     let forward = ct::at_slot::<F, _>(c.table(), slot, key)?;
-    let reverse = reverse_key(c, key, forward.control)?;
+    let reverse = reverse_key(c, key, forward.control, slot)?;
     let mut generation = 0;
     let mut stale = may_try_again;
     if let Found::Live(hit) = ct::lookup::<F, _>(c.table(), &reverse)
         && may_try_again
     {
         stale = hit.control & REVERSE != 0
-            && (link_of(hit.control) == slot || forward_of(c, &reverse, link_of(hit.control)).is_none());
+            && (link_of(hit.control) == slot || forward_of(c, &reverse, hit.control).is_none());
         if stale {
             generation = if ct::state(hit.control) < GENERATION_MAX { ct::state(hit.control) + 1 } else { 0 };
             // (Somebody else may be about to do just that.)
@@ -685,14 +677,14 @@ pub struct Reply<B, A> {
     pub virtual_port: u16,
 }
 
-/// From the reverse entry that a reply hit to its flow. `None`: it is gone, and so is now the reverse entry.
+/// From the reverse entry that a reply hit to its flow (by NAT). `None`: it is gone, and so is now the reverse entry.
 #[inline(always)]
 pub fn follow<'a, F: Addressing, C: Conns<F> + ?Sized>(
     c: &'a C,
     key: &Key<F::Words>,
     reverse: &HitOf<'a, F, C>,
 ) -> Option<ReplyOf<'a, F, C>> {
-    match forward_of(c, key, link_of(reverse.control)) {
+    match forward_at(c, key, link_of(reverse.control)) {
         Some((forward, of)) => Some(Reply {
             client: F::destination(&key.words),
             virtual_address: F::destination(&of.words),
@@ -754,7 +746,7 @@ pub fn sweep<F: Addressing, C: Conns<F> + ?Sized>(c: &C, bucket: u32, freed: imp
 pub fn orphan<F: Addressing, C: Conns<F> + ?Sized>(c: &C, entry: &Entry<F::Words>) -> bool {
     entry.control & REVERSE != 0
         && ct::is_live(entry.control)
-        && forward_of(c, &entry.key::<F>(c.table().seed()), link_of(entry.control)).is_none()
+        && forward_of(c, &entry.key::<F>(c.table().seed()), entry.control).is_none()
 }
 
 /// Full sweeps between two looks for orphans in a bucket: each reverse entry costs a look at its forward one, in memory far away.

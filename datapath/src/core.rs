@@ -15,6 +15,7 @@ use ::core::hint::cold_path;
 use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found, V4, V6};
+use crate::fullnat;
 use crate::icmp::{Answer, Error};
 use crate::packet::{ETHERTYPE, Flow, Ip, L3, Packet, Window, parse};
 use crate::proto::tcp::{self, Way};
@@ -101,6 +102,11 @@ pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Sta
         Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded, 0),
         Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable, 0),
         Stage::TooBig => error(p, t, &flow, Error::TooBig, number),
+        Stage::Fullnat => fullnat::request(p, t, &flow, number),
+        Stage::Introduce => fullnat::introduce(p, t, &flow, number),
+        Stage::FullnatReply => fullnat::reply(p, t, &flow, number),
+        Stage::ReplyOptions => fullnat::reply_options(p, t, &flow, number),
+        Stage::FullnatSend => fullnat::send(p, t, &flow, number),
         _ => open(t, &flow, stage, number),
     }
 }
@@ -117,24 +123,52 @@ fn related<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
     // It keeps no flow alive, and one that has timed out is none.
     let over = |control| conn::expired(c.policy(), control, c.now_s());
     match ct::lookup::<I, _>(c.table(), &error.key) {
-        Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &error.key, &hit) {
-            Some(reply) if !over(reply.forward.control) => error_to_client(p, t, &error, &reply),
-            _ => pass(Reason::Icmp),
-        },
-        Found::Live(hit) if !over(hit.control) => error_to_server(p, t, &error, conn::dest(hit.control)),
+        Found::Live(hit) if hit.control & ct::REVERSE != 0 => {
+            let found = if hit.control & ct::LINKED == 0 {
+                conn::follow::<I, _>(c, &error.key, &hit).map(|reply| (reply, None))
+            } else {
+                let found = conn::fullnat::follow::<I, _>(c, &error.key, &hit);
+                found.map(|(reply, port)| (reply, Some(port)))
+            };
+            match found {
+                Some((reply, port)) if !over(reply.forward.control) => error_to_client(p, t, &error, &reply, port),
+                _ => pass(Reason::Icmp),
+            }
+        }
+        Found::Live(hit) if !over(hit.control) => {
+            error_to_server(p, t, &error, conn::dest(hit.control), hit.slot::<I>())
+        }
         _ => pass(Reason::Icmp),
     }
 }
 
 #[inline(always)]
-fn error_to_server<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
+fn error_to_server<I: Of<T>, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    error: &Related<I>,
+    index: u32,
+    slot: ct::Slot,
+) -> Verdict {
     let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
     let flags = d.out as u32;
     if flags & dest::AVAILABLE == 0 {
         return drop(Reason::DestGone);
     }
     t.count_in(index, error.len);
-    let (local, masq) = (flags & dest::LOCAL != 0, flags & dest::METHOD == dest::MASQ);
+    let local = flags & dest::LOCAL != 0;
+    let masq = is_nat(d) || d.lends();
+    let mut source = I::source(&error.key.words);
+    if d.lends() {
+        let Some(side) = conn::fullnat::side::<I, _>(I::conns(t), slot, &error.key) else {
+            return drop(Reason::Entering);
+        };
+        // Whoever sent it: the real server needs no route to there.
+        source = side.address;
+        if !related::translate::<I, P>(p, End::Source, side.address, side.port(), false) {
+            return drop(Reason::Internal);
+        }
+    }
     if masq {
         let address = I::from_bytes(&d.address);
         let port = if d.port == 0 { error.key.dport() } else { d.port };
@@ -150,9 +184,7 @@ fn error_to_server<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Relate
     }
     let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
     let address = I::from_bytes(&d.address);
-    if hop.ifindex == 0
-        && t.route::<I>([I::source(&error.key.words), address], I::ICMP, error.len, &mut hop) != Route::Hop
-    {
+    if hop.ifindex == 0 && t.route::<I>([source, address], I::ICMP, error.len, &mut hop) != Route::Hop {
         return drop(Reason::NoNeighbour);
     }
     if !masq && !xmit::count_down::<I, P>(p) {
@@ -169,18 +201,24 @@ fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, index: u32) 
     into_tunnel(p, t, &flow, index, Reason::ErrorIn)
 }
 
-/// As from the virtual address, about a packet to it.
+/// As from the virtual address, about a packet to it. `client_port`: of a client that a local address stood for (FULLNAT).
 #[inline(always)]
 fn error_to_client<I: Of<T>, P: Packet, T: Tables>(
     p: &mut P,
     t: &T,
     error: &Related<I>,
     reply: &conn::ReplyOf<'_, I, I::Conns>,
+    client_port: Option<u16>,
 ) -> Verdict {
     t.count_out(conn::dest(reply.forward.control), error.len);
     let mut hop = Hop::default();
     let route = t.route::<I>([reply.virtual_address, reply.client], I::ICMP, error.len, &mut hop);
     let ready = route == Route::Hop;
+    if let Some(port) = client_port
+        && !related::translate::<I, P>(p, End::Destination, reply.client, port, false)
+    {
+        return drop(Reason::Internal);
+    }
     if !related::translate::<I, P>(p, End::Source, reply.virtual_address, reply.virtual_port, ready) {
         return drop(Reason::Internal);
     }
@@ -194,6 +232,7 @@ pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u3
         Stage::First => first(t, flow),
         Stage::Enter => enter(t, flow, number),
         Stage::Link => link(I::conns(t), flow, number),
+        Stage::Lend => fullnat::lend(t, flow, number),
         Stage::MakeWay => make_way(I::conns(t), flow, number),
         Stage::GiveUp => {
             conn::give_up::<I, _>(I::conns(t), &flow.key, number);
@@ -207,10 +246,16 @@ pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u3
 fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
     let c = I::conns(t);
     match ct::lookup::<I, _>(c.table(), &flow.key) {
-        Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &flow.key, &hit) {
-            Some(reply) => answer_client(p, t, c, flow, &hit, &reply),
-            None => pass(Reason::NoService),
-        },
+        Found::Live(hit) if hit.control & ct::REVERSE != 0 => {
+            if hit.control & ct::LINKED != 0 {
+                t.keep(flow);
+                return Verdict::go(Stage::FullnatReply, hit.slot::<I>());
+            }
+            match conn::follow::<I, _>(c, &flow.key, &hit) {
+                Some(reply) => answer_client(p, t, c, flow, &hit, &reply),
+                None => pass(Reason::NoService),
+            }
+        }
         Found::Live(hit) => established(p, t, c, flow, &hit),
         // Being entered or moved this instant: good for the dest.
         Found::Weak(control) => {
@@ -281,8 +326,13 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
         // (A real server that is this host has none.)
         Some(hop) if hop.ifindex != 0 && flow.ttl > 1 => {
             t.count_in(index, flow.len);
-            if flags & dest::METHOD == dest::TUNNEL {
-                return Verdict::go(Stage::Tunnel, index);
+            match flags & dest::METHOD {
+                dest::TUNNEL => return Verdict::go(Stage::Tunnel, index),
+                dest::FULLNAT => {
+                    t.keep(flow);
+                    return Verdict::go(Stage::Fullnat, hit.slot::<I>());
+                }
+                _ => {}
             }
             rewrite(p, flow, d, flags & dest::METHOD == dest::MASQ, hop)
         }
@@ -353,13 +403,14 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
 #[inline(always)]
 fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     let Some(d) = t.dest(dest) else { return drop(Reason::Internal) };
-    let linked = d.out as u32 & dest::METHOD == dest::MASQ;
+    let lent = d.lends();
+    let linked = is_nat(d) || lent;
     // In the state that this packet, its first, puts it in.
     let state = step(flow, tcp::NONE, way(linked));
     let done = conn::open_forward::<I, _>(I::conns(t), &flow.key, dest, state, linked);
     if done.is_new() {
         if linked {
-            return Verdict::go(Stage::Link, done.slot());
+            return Verdict::go(if lent { Stage::Lend } else { Stage::Link }, done.slot());
         }
         t.count_connection(dest);
         return Verdict::go(Stage::Forward, dest);
@@ -388,6 +439,13 @@ fn linked<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, plac
     forward(p, t, flow, dest)
 }
 
+/// Packets are addressed to the real server, and its replies go by us to the client.
+#[inline(always)]
+fn is_nat(d: &Dest) -> bool {
+    let flags = d.out as u32;
+    flags & dest::METHOD == dest::MASQ || flags & (dest::METHOD | dest::LOCAL) == dest::FULLNAT | dest::LOCAL
+}
+
 #[inline(always)]
 fn make_way<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdict {
     match conn::make_way::<I, _>(c, &flow.key, place, true) {
@@ -399,19 +457,26 @@ fn make_way<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Ve
 
 /// To the dest, by its method, whatever it takes.
 #[inline(always)]
-fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32) -> Verdict {
+fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32) -> Verdict {
     let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
     let flags = d.out as u32;
     if flags & dest::AVAILABLE == 0 {
         return drop(Reason::DestGone);
     }
     t.count_in(index, flow.len);
-    let masq = flags & dest::METHOD == dest::MASQ;
+    let masq = is_nat(d);
     if flags & dest::LOCAL != 0 {
         return deliver(p, flow, d, masq);
     }
     if flow.ttl <= 1 {
         return Verdict::go(Stage::TimeExceeded, 0);
+    }
+    if d.lends() {
+        t.keep(flow);
+        return match ct::lookup::<I, _>(I::conns(t).table(), &flow.key) {
+            Found::Live(hit) => Verdict::go(Stage::Fullnat, hit.slot::<I>()),
+            _ => drop(Reason::Entering),
+        };
     }
     if flags & dest::METHOD == dest::TUNNEL {
         return Verdict::go(Stage::Tunnel, index);
@@ -560,7 +625,12 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
 
 /// State, age and counters for a reply. The forward entry's control word as it is now.
 #[inline(always)]
-fn replied<I: Of<T>, T: Tables>(t: &T, c: &I::Conns, flow: &Flow<I>, reply: &conn::ReplyOf<'_, I, I::Conns>) -> u64 {
+pub fn replied<I: Of<T>, T: Tables>(
+    t: &T,
+    c: &I::Conns,
+    flow: &Flow<I>,
+    reply: &conn::ReplyOf<'_, I, I::Conns>,
+) -> u64 {
     let mut control = reply.forward.control;
     let next = step(flow, ct::state(control), Way::Output);
     if !conn::is_current::<I, _>(c, control, flow.proto(), next, false) {

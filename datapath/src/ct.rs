@@ -90,7 +90,10 @@ pub trait Buckets<F: Family> {
     /// How much an entry is worth now, from its control word; see [`Rank`].
     fn rank(&self, control: u64) -> Rank;
     /// May the entry change places? (Not if something holds its slot number.)
-    fn movable(&self, control: u64) -> bool;
+    #[inline(always)]
+    fn movable(&self, control: u64) -> bool {
+        control & (LINKED | REVERSE) != LINKED
+    }
     /// `way`, so that BPF's verifier no longer knows which one: it then goes on once for all ways, not once for each.
     /// `noise` is any number that it does not know.
     #[inline(always)]
@@ -137,7 +140,7 @@ pub const PAYLOAD_SHIFT: u32 = 4;
 const OTHER: u64 = 1 << 39;
 /// A reverse entry names this entry by its slot.
 pub const LINKED: u64 = 1 << 40;
-/// Entered for the replies of a flow.
+/// Entered for the replies of a flow. (Such an entry's LINKED is the meaning's to use: no link leads to it.)
 pub const REVERSE: u64 = 1 << 41;
 pub const PROTO_SHIFT: u32 = 42;
 const SPORT_HIGH_SHIFT: u32 = 44;
@@ -388,15 +391,28 @@ pub fn at_slot<'a, F: Family, T: Buckets<F>>(t: &'a T, slot: Slot, key: &Key<F::
     is_live(control).then_some(Hit { bucket, way, number, control })
 }
 
-/// The control word of the live entry in `slot`, if it has the addresses, the protocol and (but for the low bits of the source port,
-/// which are not there) the ports of `key`.
+/// A live entry, and what lies there.
+pub type Live<'a, F, T> = (Hit<<T as Buckets<F>>::B<'a>>, Entry<<F as Family>::Words>);
+
+/// The live entry in `slot`, whosever it is, with its key words. ([`Entry::key`] has its key.)
 #[inline(always)]
-pub fn glance<F: Family, T: Buckets<F>>(t: &T, slot: Slot, key: &Key<F::Words>) -> Option<u64> {
+pub fn live_at<F: Family, T: Buckets<F>>(t: &T, slot: Slot) -> Option<Live<'_, F, T>> {
+    let (number, way) = t.place(slot);
+    let bucket = t.bucket(number);
+    let entry = entry_at::<F, _>(&bucket, number & t.mask(), way);
+    let control = read::<F, _>(&bucket, way, &entry.words, entry.control & SAME)?;
+    is_live(control).then_some((Hit { bucket, way, number, control }, Entry { control, ..entry }))
+}
+
+/// The live entry in `slot`, if it has the addresses, the protocol and (but for the low bits of the source port, which are not there) the
+/// ports of `key`.
+#[inline(always)]
+pub fn glance<'a, F: Family, T: Buckets<F>>(t: &'a T, slot: Slot, key: &Key<F::Words>) -> Option<Hit<T::B<'a>>> {
     let (number, way) = t.place(slot);
     let bucket = t.bucket(number);
     let control = bucket.load(way * (F::KEYS + 1) + F::KEYS);
     let same = (control ^ key.control) & TUPLE == 0 && is_live(control);
-    (same && keys_equal::<F, _>(&bucket, way, &key.words)).then_some(control)
+    (same && keys_equal::<F, _>(&bucket, way, &key.words)).then_some(Hit { bucket, way, number, control })
 }
 
 /// The control word in a slot and its key words, as they are this instant (no promise that they belong together:

@@ -10,9 +10,11 @@ pub mod conn;
 pub mod core;
 pub mod csum;
 pub mod ct;
+pub mod fullnat;
 pub mod icmp;
 #[cfg(any(test, feature = "mem"))]
 pub mod mem;
+pub mod options;
 pub mod packet;
 pub mod proto;
 pub mod related;

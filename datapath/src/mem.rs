@@ -8,7 +8,7 @@ pub use tables::{MemSizes, MemTables, Way};
 
 use crate::conn::{self, Addressing, Conns, Policy, Timeouts};
 use crate::ct::{self, Bucket, Buckets, Family, Rank, Seed};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::*};
 
 /// The words of one connection table.
@@ -63,16 +63,23 @@ pub struct MemConns<F: Addressing> {
     pub policy: Policy,
     pub now_s: AtomicU64,
     pub dests: BTreeMap<u32, (F::Addr, u16)>,
+    /// Dests by FULLNAT.
+    pub lent: BTreeSet<u32>,
+    sides: Vec<AtomicU64>,
     pub counters: Vec<Counters>,
 }
 
 impl<F: Addressing> MemConns<F> {
+    /// Words of a row beside an entry.
+    const SIDE: usize = conn::fullnat::ADDRESS + size_of::<F::AddrWords>() / 8;
     pub fn new(buckets: u32, seed: Seed, dests: u32) -> Self {
         MemConns {
             words: Words::new(buckets, seed),
             policy: Policy::new(&Timeouts::default()),
             now_s: AtomicU64::new(1000),
             dests: BTreeMap::new(),
+            lent: BTreeSet::new(),
+            sides: (0..buckets as usize * F::WAYS * Self::SIDE).map(|_| AtomicU64::new(0)).collect(),
             counters: (0..=dests).map(|_| Counters::default()).collect(),
         }
     }
@@ -122,9 +129,6 @@ impl<F: Addressing> Buckets<F> for MemConns<F> {
     fn rank(&self, control: u64) -> Rank {
         conn::rank(&self.policy, control, self.now_s(), |x| Buckets::<F>::sign(self, x))
     }
-    fn movable(&self, control: u64) -> bool {
-        control & ct::LINKED == 0
-    }
 }
 
 impl<F: Addressing> Conns<F> for MemConns<F> {
@@ -145,5 +149,12 @@ impl<F: Addressing> Conns<F> for MemConns<F> {
     }
     fn dest_address(&self, dest: u32) -> Option<(F::Addr, u16)> {
         self.dests.get(&dest).copied()
+    }
+    fn fullnat(&self, dest: u32) -> bool {
+        self.lent.contains(&dest)
+    }
+    fn side(&self, slot: ct::Slot) -> Option<Line<'_>> {
+        let at = slot as usize * Self::SIDE;
+        self.sides.get(at..at + Self::SIDE).map(Line)
     }
 }

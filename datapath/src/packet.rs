@@ -20,6 +20,14 @@ pub trait Packet {
     /// The TCP or UDP checksum at `at` after a change of the pseudo-header (`addresses`) and of the transport header (`ports`).
     /// A method, since the kernel keeps unfinished checksums that only it can change. False: the packet is too short.
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool;
+    /// `len` bytes from `at` on, a small number that need not be a constant.
+    fn bytes(&mut self, at: usize, len: usize) -> Option<Self::W<'_>>;
+    /// Have the first `len` bytes where [`Self::window`] can reach them, if there are so many.
+    #[inline(always)]
+    fn reach(&mut self, _len: usize) {}
+    /// Make room for `n` bytes at `at`, in the transport header or right behind it: what is there moves back, or what is before it to the
+    /// front. The new bytes are undefined. False: it can't be done, and nothing is changed (or the packet is lost).
+    fn open_gap(&mut self, at: usize, n: usize) -> bool;
     /// Ones-complement sum of the bytes from `from` on, at most `most` of them (bounded by [`crate::icmp`]'s quotes).
     fn sum_from(&self, from: usize, most: usize) -> u64;
     /// Put `n` bytes in front (their content is undefined).
@@ -45,6 +53,7 @@ pub trait Window {
     fn r16(&self, at: usize) -> u16;
     fn r32(&self, at: usize) -> u32;
     fn r64(&self, at: usize) -> u64;
+    fn w8(&mut self, at: usize, v: u8);
     fn w16(&mut self, at: usize, v: u16);
     fn w32(&mut self, at: usize, v: u32);
     fn w64(&mut self, at: usize, v: u64);
@@ -119,6 +128,8 @@ pub trait Ip: Addressing {
     fn forward_header(w: &mut impl Window, addresses: Delta);
     /// The header checksum for `addresses`.
     fn fix_header(w: &mut impl Window, addresses: Delta);
+    /// The packet has grown by so many bytes.
+    fn grow(w: &mut impl Window, by: u16);
 }
 
 /// TTL 1, the first byte of its 16-bit word.
@@ -259,6 +270,13 @@ impl Ip for V4 {
     fn fix_header(w: &mut impl Window, addresses: Delta) {
         w.w16(L3 + 10, crate::csum::adjust(w.r16(L3 + 10), addresses));
     }
+    #[inline(always)]
+    fn grow(w: &mut impl Window, by: u16) {
+        let old = w.r16(L3 + 2);
+        let new = u16::from_be(old).wrapping_add(by).to_be();
+        w.w16(L3 + 2, new);
+        Self::fix_header(w, Delta::default().replace16(old, new));
+    }
 }
 
 impl Ip for V6 {
@@ -390,6 +408,10 @@ impl Ip for V6 {
     }
     #[inline(always)]
     fn fix_header(_: &mut impl Window, _: Delta) {}
+    #[inline(always)]
+    fn grow(w: &mut impl Window, by: u16) {
+        w.w16(L3 + 4, u16::from_be(w.r16(L3 + 4)).wrapping_add(by).to_be());
+    }
 }
 
 /// What the pipeline needs to know of a TCP or UDP packet.

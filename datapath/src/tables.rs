@@ -1,6 +1,6 @@
 //! What the pipeline reads and writes beside the packet: the maps of `abi`, as a trait. BPF maps in the kernel, plain memory in tests.
 
-use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Service, ServiceKey, Tunnel};
+use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Local, Service, ServiceKey, Tunnel};
 use crate::conn::Conns;
 use crate::ct::{V4, V6};
 use crate::packet::{Flow, Ip};
@@ -60,6 +60,13 @@ pub trait Tables {
     fn kept<I: Ip>(&self) -> Option<Flow<I>> {
         None
     }
+
+    /// A local address (FULLNAT).
+    fn local(&self, at: u32) -> Option<&Local>;
+    /// Number of this lending for a dest, from 0.
+    fn lending(&self, dest: u32) -> u64;
+    /// [`crate::abi::Clock::sequence`]
+    fn sequence_clock(&self) -> u32;
 
     fn count_connection(&self, dest: u32);
     fn count_in(&self, dest: u32, bytes: u32);

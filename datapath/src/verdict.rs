@@ -49,6 +49,18 @@ pub enum Stage {
     Related = 14,
     /// An ICMP error into a tunnel to the dest that the number says.
     ErrorTunnel = 15,
+    /// FULLNAT: a local address and port for the connection, and the entry for its replies; the number is `conn::Place`.
+    Lend = 16,
+    /// ... a client's packet of the connection whose forward entry is in the slot that the number says.
+    Fullnat = 17,
+    /// ... one that begins the connection, or may have to tell the real server whose it is.
+    Introduce = 18,
+    /// ... a real server's reply that has hit the entry in the slot that the number says.
+    FullnatReply = 19,
+    /// ... the TCP options of such a reply.
+    ReplyOptions = 20,
+    /// ... such a reply on its way; the number is the slot of the connection's forward entry, and where it goes.
+    FullnatSend = 21,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -96,7 +108,7 @@ impl Verdict {
         if self.0 & GO == 0 {
             return None;
         }
-        let stage = match self.0 & 0xf {
+        let stage = match self.0 & 0x1f {
             0 => Stage::Whole,
             1 => Stage::Retire,
             2 => Stage::First,
@@ -112,7 +124,13 @@ impl Verdict {
             12 => Stage::Tunnel,
             13 => Stage::TooBig,
             14 => Stage::Related,
-            _ => Stage::ErrorTunnel,
+            15 => Stage::ErrorTunnel,
+            16 => Stage::Lend,
+            17 => Stage::Fullnat,
+            18 => Stage::Introduce,
+            19 => Stage::FullnatReply,
+            20 => Stage::ReplyOptions,
+            _ => Stage::FullnatSend,
         };
         Some((stage, (self.0 >> 16) as u32))
     }
@@ -179,6 +197,9 @@ reasons! {
     Route "dr" Forward "sent to a real server by direct routing";
     Masq "nat" Forward "sent to a real server by NAT";
     MasqReply "nat_reply" Forward "reply of a real server, sent to the client from the virtual address";
+    Fullnat "fullnat" Forward "sent to a real server by full NAT";
+    FullnatReply "fullnat_reply" Forward "reply of a real server by full NAT, sent to the client from the virtual address";
+    FullnatBare "fullnat_bare" Forward "sent to a real server by full NAT without the client's address: no room for it in the packet";
     Tunnel "tun" Forward "sent to a real server in a tunnel";
     ErrorIn "icmp_error_in" Forward "an ICMP error about a connection, sent to its real server";
     ErrorOut "icmp_error_out" Forward "an ICMP error about a connection, sent to its client from the virtual address";
@@ -204,6 +225,9 @@ reasons! {
     Martian "martian_source" Drop "a source address that no client can have";
     TableFull "table_full" Drop "connection table full of flows that must not be evicted";
     ReverseInUse "reverse_in_use" Drop "every dest's reply tuple for this client and port is another flow's";
+    NoLocalAddress "no_local_address" Drop "full NAT, and the service has no local addresses: ipvsadm -P";
+    NoLocalPort "no_local_port" Drop "full NAT: of the local addresses tried no port is free for this real server: add more (ipvsadm -P)";
+    Entering "entering" Drop "full NAT: the connection is being entered this instant";
     DestGone "dest_gone" Drop "the connection's real server was removed";
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
     NoRoute "no_route" Drop "no route to the real server";

@@ -37,6 +37,46 @@ pub fn translate<I: Ip, P: Packet>(p: &mut P, tcp: bool, end: End, address: I::A
     p.fix_transport(if tcp { I::L4 + 16 } else { I::L4 + 6 }, !tcp, addresses, ports)
 }
 
+/// Both ends of a packet, and what is added to the TCP sequence numbers of its direction and of the other.
+pub struct Ends<A> {
+    pub source: (A, u16),
+    pub destination: (A, u16),
+    pub sequence: u32,
+    pub acknowledged: u32,
+}
+
+/// Put addresses and ports in the place of those of both ends (FULLNAT). `forward` as in [`translate`].
+#[inline(always)]
+pub fn readdress<I: Ip, P: Packet>(p: &mut P, tcp: bool, ends: &Ends<I::Addr>, forward: bool) -> bool {
+    let (addresses, mut rest) = {
+        let Some(mut w) = p.window(I::L4 + 8) else { return false };
+        let (from, to) = (I::address(&w, I::SOURCE), I::address(&w, I::DESTINATION));
+        I::set_address(&mut w, I::SOURCE, ends.source.0);
+        I::set_address(&mut w, I::DESTINATION, ends.destination.0);
+        let moved = I::delta(from, ends.source.0).and(I::delta(to, ends.destination.0));
+        if forward {
+            I::forward_header(&mut w, moved);
+        } else {
+            I::fix_header(&mut w, moved);
+        }
+        let (old, new) = (w.r32(I::L4), (u32::from(ends.source.1) << 16 | u32::from(ends.destination.1)).to_be());
+        w.w32(I::L4, new);
+        (moved, Delta::default().replace(old, new))
+    };
+    if tcp {
+        let Some(mut w) = p.window(I::L4 + 12) else { return false };
+        let (sequence, acknowledged) = (w.r32(I::L4 + 4), w.r32(I::L4 + 8));
+        let new = [
+            u32::from_be(sequence).wrapping_add(ends.sequence).to_be(),
+            u32::from_be(acknowledged).wrapping_add(ends.acknowledged).to_be(),
+        ];
+        w.w32(I::L4 + 4, new[0]);
+        w.w32(I::L4 + 8, new[1]);
+        rest = rest.replace(sequence, new[0]).replace(acknowledged, new[1]);
+    }
+    p.fix_transport(if tcp { I::L4 + 16 } else { I::L4 + 6 }, !tcp, addresses, rest)
+}
+
 /// Count the TTL down, nothing else (DR).
 #[inline(always)]
 pub fn count_down<I: Ip, P: Packet>(p: &mut P) -> bool {

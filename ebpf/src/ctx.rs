@@ -64,9 +64,25 @@ impl Window for Bytes {
         // SAFETY: inside the window.
         unsafe { *self.at.add(at) }
     }
+    #[inline(always)]
+    fn w8(&mut self, at: usize, v: u8) {
+        assert!(at < self.len);
+        // SAFETY: inside the window.
+        unsafe { *self.at.add(at) = v }
+    }
     access!(r16, w16, u16);
     access!(r32, w32, u32);
     access!(r64, w64, u64);
+}
+
+/// `len` bytes from `at` on of a packet.
+#[inline(always)]
+pub fn bytes(first: usize, end: usize, at: usize, len: usize) -> Option<Bytes> {
+    let mut from = first + at;
+    // The very register that is compared is the one used: LLVM would make another of it for each access.
+    // SAFETY: one real instruction that changes nothing.
+    unsafe { core::arch::asm!("{0} += 0", inout(reg) from, options(pure, nomem, nostack)) };
+    (from + len <= end).then_some(Bytes { at: from as *mut u8, len })
 }
 
 /// Ones-complement sum of a packet's bytes from `from` on, at most `most` of them.
@@ -105,6 +121,25 @@ impl Packet for Xdp<'_> {
     #[inline(always)]
     fn window(&mut self, len: usize) -> Option<Bytes> {
         (self.at + len <= self.end).then_some(Bytes { at: self.at as *mut u8, len })
+    }
+    #[inline(always)]
+    fn bytes(&mut self, at: usize, len: usize) -> Option<Bytes> {
+        bytes(self.at, self.end, at, len)
+    }
+    /// What is in front moves: in XDP a checksum is always finished, and nobody remembers where it begins.
+    #[inline(always)]
+    fn open_gap(&mut self, at: usize, n: usize) -> bool {
+        if !self.grow_head(n) {
+            return false;
+        }
+        let Some(mut w) = self.window(at + n) else { return false };
+        let mut i = 0;
+        while i < at {
+            let word = w.r16(n + i);
+            w.w16(i, word);
+            i += 2;
+        }
+        true
     }
     #[inline(always)]
     fn frame_len(&self) -> u32 {

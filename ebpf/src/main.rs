@@ -7,6 +7,7 @@
 mod calls;
 mod ctx;
 mod flat;
+mod gap;
 mod maps;
 mod object;
 mod skb;

@@ -9,8 +9,8 @@ use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use rvs_datapath::abi::{
-    Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState,
-    Tunnel,
+    Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, Local, REPLY_HOPS_MAX, SIDE4_WORDS, SIDE6_WORDS,
+    Service, ServiceKey, ServiceState, Tunnel,
 };
 use rvs_datapath::ct::{Family, V4, V6};
 use rvs_datapath::packet::{Flow, Ip};
@@ -36,6 +36,9 @@ flat! {
     DestStats("DEST_STATS"): CpuStats;
     Lists("LISTS"): ListEntry;
     HashTables("TABLES"): u32;
+    Locals("LOCALS"): Local;
+    Side4("SIDE4"): [u64; SIDE4_WORDS];
+    Side6("SIDE6"): [u64; SIDE6_WORDS];
     Hops("HOPS"): Hop;
     ReplyHops("REPLY_HOPS"): Hop;
     Verdicts("VERDICTS"): u64;
@@ -94,6 +97,12 @@ pub fn dest_address<I: Ip>(dest: u32) -> Option<(I::Addr, u16)> {
     // SAFETY: a valid value.
     let d = unsafe { &*Dests::at(dest) };
     Some((I::from_bytes(&d.address), d.port))
+}
+
+#[inline(always)]
+pub fn fullnat(dest: u32) -> bool {
+    // SAFETY: a valid value.
+    (unsafe { &*Dests::at(dest) }).lends()
 }
 
 /// The tables of one packet. `ctx`, `ifindex` and `sized` are for the routing helper; SKB: of a tc program.
@@ -224,6 +233,24 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     #[inline(always)]
     fn kept<I: Ip>(&self) -> Option<Flow<I>> {
         Some(calls::kept())
+    }
+    #[inline(always)]
+    fn local(&self, at: u32) -> Option<&Local> {
+        // SAFETY: see above.
+        unsafe { Some(&*Locals::at(at)) }
+    }
+    #[inline(always)]
+    fn lending(&self, dest: u32) -> u64 {
+        // SAFETY: a valid value; shared only through atomic instructions.
+        unsafe {
+            let at = &raw mut (*DestStates::at(dest)).lent;
+            atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(at, 1)
+        }
+    }
+    #[inline(always)]
+    fn sequence_clock(&self) -> u32 {
+        // SAFETY: a valid value; volatile because the timer writes it.
+        Clock::sequence(unsafe { (&raw const (*clock()).tick_ns).read_volatile() })
     }
     #[inline(always)]
     fn count_connection(&self, dest: u32) {

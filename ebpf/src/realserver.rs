@@ -1,11 +1,15 @@
-//! The real server's side: packets come out of their tunnels here, without a tunnel device or kernel module.
+//! The real server's side, without a tunnel device or kernel module: packets come out of their tunnels here, and connections by FULLNAT show
+//! their clients' own addresses ([`peers`]).
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 
 #[allow(dead_code, reason = "the director's programs use all of it")]
 mod ctx;
+#[allow(dead_code, reason = "the director's programs use all of it")]
+mod gap;
 mod object;
+mod peers;
 #[allow(dead_code, reason = "the director's programs use all of it")]
 mod skb;
 

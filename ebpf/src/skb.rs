@@ -15,10 +15,11 @@ use rvs_datapath::csum::Delta;
 use rvs_datapath::ct::V6;
 use rvs_datapath::packet::{IP_GRE, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 
-use crate::ctx::{Bytes, sum};
+use crate::ctx::{Bytes, bytes, sum};
+use crate::gap;
 
 /// Headers that the pipeline may look at: IPv6 and TCP.
-pub const HEADERS: u32 = (V6::L4 + 20) as u32;
+pub const HEADERS: usize = V6::L4 + 20;
 
 /// An skb at its Ethernet header. As in XDP the bounds are read once, and again by whatever may move the packet.
 pub struct Skb {
@@ -46,11 +47,7 @@ impl Skb {
     /// Have the headers where they can be reached: what a device or a socket left in fragments.
     #[inline(always)]
     pub fn pull(&mut self) {
-        if self.at + HEADERS as usize > self.end {
-            // SAFETY: the context of this program. If it fails the packet is too short.
-            unsafe { bpf_skb_pull_data(self.skb, (*self.skb).len.min(HEADERS)) };
-            self.reread();
-        }
+        self.reach(HEADERS);
     }
     /// Find out whether the transport checksum is unfinished, for [`Packet::sum_from`]: such a field takes no notice of a change of
     /// what is not in the pseudo-header.
@@ -101,6 +98,25 @@ impl Packet for Skb {
     #[inline(always)]
     fn window(&mut self, len: usize) -> Option<Bytes> {
         (self.at + len <= self.end).then_some(Bytes { at: self.at as *mut u8, len })
+    }
+    #[inline(always)]
+    fn bytes(&mut self, at: usize, len: usize) -> Option<Bytes> {
+        bytes(self.at, self.end, at, len)
+    }
+    #[inline(always)]
+    fn reach(&mut self, len: usize) {
+        if self.at + len > self.end {
+            // SAFETY: the context of this program. If it fails the packet is shorter.
+            unsafe { bpf_skb_pull_data(self.skb, (*self.skb).len.min(len as u32)) };
+            self.reread();
+        }
+    }
+    /// The tail moves: of an unfinished checksum the kernel remembers where it begins.
+    #[inline(always)]
+    fn open_gap(&mut self, at: usize, n: usize) -> bool {
+        let done = gap::move_tail(self.skb, at as u32, n as u32);
+        self.reread();
+        done
     }
     #[inline(always)]
     fn frame_len(&self) -> u32 {

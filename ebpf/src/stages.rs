@@ -10,14 +10,16 @@ use crate::maps::Maps;
 
 /// The function of a stage, called: those of one family and hook, by name.
 macro_rules! call {
-    ($stage:ident, $number:ident, $ctx:expr, $whole:expr, [$first:ident $enter:ident $link:ident $make_way:ident $give_up:ident],
+    ($stage:ident, $number:ident, $ctx:expr, $whole:expr, [$first:ident $enter:ident $link:ident $lend:ident $make_way:ident $give_up:ident],
      [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
-      $too_big:ident $related:ident $error_tunnel:ident]) => {
+      $too_big:ident $related:ident $error_tunnel:ident $fullnat:ident $introduce:ident $fullnat_reply:ident
+      $reply_options:ident $fullnat_send:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::$first(),
             Stage::Enter => $crate::stages::$enter($number),
             Stage::Link => $crate::stages::$link($number),
+            Stage::Lend => $crate::stages::$lend($number),
             Stage::MakeWay => $crate::stages::$make_way($number),
             Stage::GiveUp => $crate::stages::$give_up($number),
             Stage::Retire => $retire($ctx),
@@ -28,6 +30,11 @@ macro_rules! call {
             Stage::TooBig => $too_big($ctx, $number),
             Stage::Related => $related($ctx),
             Stage::ErrorTunnel => $error_tunnel($ctx, $number),
+            Stage::Fullnat => $fullnat($ctx, $number),
+            Stage::Introduce => $introduce($ctx, $number),
+            Stage::FullnatReply => $fullnat_reply($ctx, $number),
+            Stage::ReplyOptions => $reply_options($ctx, $number),
+            Stage::FullnatSend => $fullnat_send($ctx, $number),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),
         })
@@ -54,6 +61,7 @@ open! {
     first4 first6() First;
     enter4 enter6(dest) Enter;
     link4 link6(place) Link;
+    lend4 lend6(place) Lend;
     make_way4 make_way6(place) MakeWay;
     give_up4 give_up6(place) GiveUp;
 }

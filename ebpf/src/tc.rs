@@ -40,8 +40,8 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn out(packet: &mut Skb, skb: *mut __sk_buff, verdict: Verdict, ifindex: u32) -> i32 {
-    const FORWARDED: u32 = Reason::MasqReply as u32;
-    const _: () = assert!(Reason::Route as u32 <= FORWARDED && Reason::Masq as u32 <= FORWARDED && FORWARDED == 2);
+    const FORWARDED: u32 = Reason::FullnatBare as u32;
+    const _: () = assert!(Reason::Route as u32 == 0 && Reason::Fullnat as u32 <= FORWARDED && FORWARDED == 5);
     // SAFETY: a field of the context.
     if unsafe { (*skb).protocol } == IPV6 && verdict.counter() <= FORWARDED {
         // The hop limit, one less: the second byte of its word.
@@ -95,12 +95,12 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
     let iface = maps::iface(packet.ifindex());
     match core::arrive(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
-            call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 make_way4 give_up4],
-                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4])
+            call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 lend4 make_way4 give_up4],
+                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4])
         }),
         Ok(_) => core::stages(|stage, number| {
-            call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 make_way6 give_up6],
-                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6])
+            call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 lend6 make_way6 give_up6],
+                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6])
         }),
         Err(verdict) => verdict,
     }
@@ -134,6 +134,11 @@ stages! {
     tc_too_big4 tc_too_big6(mtu) TooBig;
     tc_related4 tc_related6() Related;
     tc_error_tunnel4 tc_error_tunnel6(dest) ErrorTunnel;
+    tc_fullnat4 tc_fullnat6(slot) Fullnat;
+    tc_introduce4 tc_introduce6(slot) Introduce;
+    tc_fullnat_reply4 tc_fullnat_reply6(slot) FullnatReply;
+    tc_reply_options4 tc_reply_options6(slot) ReplyOptions;
+    tc_fullnat_send4 tc_fullnat_send6(place) FullnatSend;
     tc_time_exceeded4 tc_time_exceeded6() TimeExceeded;
     tc_port_unreachable4 tc_port_unreachable6() PortUnreachable;
 }

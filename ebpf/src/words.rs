@@ -2,7 +2,7 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_cxchg};
 use rvs_datapath::conn::{self, Addressing, Conns, Policy};
-use rvs_datapath::ct::{self, Bucket, Buckets, Entry, Family, Key, Outcome, Rank, Seed, Slot, V4, V6};
+use rvs_datapath::ct::{Bucket, Buckets, Entry, Family, Key, Outcome, Rank, Seed, Slot, V4, V6};
 
 use crate::calls;
 use crate::maps;
@@ -69,10 +69,6 @@ macro_rules! buckets {
                 conn::rank(&maps::config().policy, control, clock_s(), |x| Buckets::<$family>::sign(self, x))
             }
             #[inline(always)]
-            fn movable(&self, control: u64) -> bool {
-                control & ct::LINKED == 0
-            }
-            #[inline(always)]
             fn blur(&self, mut way: usize, noise: u64) -> usize {
                 // SAFETY: arithmetic on a register.
                 unsafe {
@@ -104,7 +100,7 @@ buckets!(V4, 8, maps::Conn4);
 buckets!(V6, 16, maps::Conn6);
 
 macro_rules! conns {
-    ($family:ty, $enter:path, $release:path) => {
+    ($family:ty, $side:ty, $enter:path, $release:path) => {
         impl Conns<$family> for Table<$family> {
             type Table = Self;
             #[inline(always)]
@@ -136,6 +132,14 @@ macro_rules! conns {
                 maps::dest_address::<$family>(dest)
             }
             #[inline(always)]
+            fn fullnat(&self, dest: u32) -> bool {
+                maps::fullnat(dest)
+            }
+            #[inline(always)]
+            fn side(&self, slot: Slot) -> Option<<Self as Buckets<$family>>::B<'_>> {
+                Some(Line(<$side>::at(slot) as *mut u64))
+            }
+            #[inline(always)]
             fn enter(&self, key: &Key<<$family as Family>::Words>, rest: u64, own: Slot) -> Outcome {
                 $enter(key, rest, own)
             }
@@ -146,5 +150,5 @@ macro_rules! conns {
         }
     };
 }
-conns!(V4, calls::enter4, calls::release4);
-conns!(V6, calls::enter6, calls::release6);
+conns!(V4, maps::Side4, calls::enter4, calls::release4);
+conns!(V6, maps::Side6, calls::enter6, calls::release6);

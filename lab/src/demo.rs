@@ -1,4 +1,4 @@
-//! The demonstration: NAT and DR, IPv4 and IPv6, HTTP and DNS over UDP, set up by `ipvsadm` and carried by the data plane.
+//! The demonstration: all forwarding methods, IPv4 and IPv6, HTTP and DNS over UDP, set up by `ipvsadm` and carried by the data plane.
 //!
 //! It fails unless every request was answered, the shares are as the weights say, the servers saw the client's own
 //! address, and the counters show that the data plane forwarded whatever the servers got, the kernel nothing.
@@ -41,6 +41,46 @@ pub struct Args {
 enum Method {
     Nat,
     Dr,
+    Tun,
+    Fullnat,
+}
+
+impl Method {
+    const ALL: [Method; 4] = [Method::Nat, Method::Dr, Method::Tun, Method::Fullnat];
+
+    fn title(self) -> &'static str {
+        match self {
+            Method::Nat => "NAT",
+            Method::Dr => "DR",
+            Method::Tun => "TUN",
+            Method::Fullnat => "FULLNAT",
+        }
+    }
+
+    /// `ipvsadm`'s word.
+    fn flag(self) -> &'static str {
+        match self {
+            Method::Nat => "-m",
+            Method::Dr => "-g",
+            Method::Tun => "-i",
+            Method::Fullnat => "--fullnat",
+        }
+    }
+
+    /// May the real servers listen on another port than the virtual service?
+    fn maps_ports(self) -> bool {
+        matches!(self, Method::Nat | Method::Fullnat)
+    }
+
+    /// What the data plane counts for it: requests, and replies that go by the director.
+    fn verdicts(self) -> (&'static str, Option<&'static str>) {
+        match self {
+            Method::Nat => ("nat", Some("nat_reply")),
+            Method::Dr => ("dr", None),
+            Method::Tun => ("tun", None),
+            Method::Fullnat => ("fullnat", Some("fullnat_reply")),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,9 +123,14 @@ pub fn run(args: &Args) -> Result<Vec<String>> {
     let interfaces: Vec<_> = args.layout.director_interfaces().iter().map(|&i| (i, args.hook)).collect();
     let director = Director::start(lab.node("director")?, &interfaces)?;
     println!("{}", director.process().map(|p| p.log_tail()).unwrap_or_default());
+    prepare(&lab)?;
+    // A client's port may come again in the next case: as in the kernel, the connection of a server that was removed is dropped for as long
+    // as it is remembered.
+    println!("$ ipvsadm --set 900 1 1");
+    director.ipvsadm("--set 900 1 1")?;
     let mut wrong = Vec::new();
     for traffic in [Traffic::Http, Traffic::Dns] {
-        for method in [Method::Nat, Method::Dr] {
+        for method in Method::ALL {
             for ipv6 in [false, true] {
                 let case = Case::new(&lab, &director, method, traffic, ipv6, args)?;
                 let title = case.title();
@@ -95,6 +140,23 @@ pub fn run(args: &Args) -> Result<Vec<String>> {
     }
     println!("\n$ rvs drops\n{}", director.rvs("drops")?);
     Ok(wrong)
+}
+
+/// What the real servers need for tunnels and full NAT. (For direct routing they have it.)
+fn prepare(lab: &Lab) -> Result<()> {
+    let words = |flag: &str, all: &[IpAddr]| all.iter().map(|a| format!(" {flag} {a}")).collect::<String>();
+    for server in lab.topology().servers() {
+        let node = lab.node(&server.name)?;
+        for line in [
+            format!("up --mode tun{}", words("--vip", &lab.topology().vips)),
+            format!("up --mode fullnat{}", words("--director", &lab.topology().locals)),
+        ] {
+            println!("{}$ rvs realserver {line}", server.name);
+            let said = node.realserver(&line)?;
+            println!("{}", said.lines().last().unwrap_or_default());
+        }
+    }
+    Ok(())
 }
 
 impl<'a> Case<'a> {
@@ -109,8 +171,8 @@ impl<'a> Case<'a> {
         let address =
             |what: &str, found: Option<IpAddr>| found.ok_or_else(|| Error::Missing(format!("{what} has no address")));
         let port = if traffic == Traffic::Http { 80 } else { 53 };
-        // NAT may translate the port too: show it where the servers listen on another.
-        let to = if (method, traffic) == (Method::Nat, Traffic::Http) { 8080 } else { port };
+        // Show that the port may be translated too, where the servers listen on another.
+        let to = if method.maps_ports() && traffic == Traffic::Http { 8080 } else { port };
         let vip = SocketAddr::new(address("the service", lab.topology().vip(ipv6))?, port);
         let mut dests = Vec::new();
         for (server, weight) in lab.topology().servers().zip((1..=u32::from(args.servers)).rev()) {
@@ -123,18 +185,19 @@ impl<'a> Case<'a> {
 
     fn title(&self) -> String {
         let traffic = if self.traffic == Traffic::Http { "HTTP" } else { "DNS over UDP" };
-        let method = if self.method == Method::Nat { "NAT" } else { "DR" };
-        format!("{method}, IPv{}, {traffic}", if self.vip.is_ipv6() { 6 } else { 4 })
+        format!("{}, IPv{}, {traffic}", self.method.title(), if self.vip.is_ipv6() { 6 } else { 4 })
     }
 
     /// Sets the service up, sends the load, takes the service away; returns what was wrong.
     fn run(&self) -> Result<Vec<String>> {
         println!("\n== {}: {} requests", self.title(), self.requests);
-        let (kind, flag) = (
-            if self.traffic == Traffic::Http { "-t" } else { "-u" },
-            if self.method == Method::Nat { "-m" } else { "-g" },
-        );
+        let (kind, flag) = (if self.traffic == Traffic::Http { "-t" } else { "-u" }, self.method.flag());
         self.ipvsadm(&format!("-A {kind} {} -s wrr", self.vip))?;
+        if self.method == Method::Fullnat {
+            for local in self.lab.topology().locals(self.vip.is_ipv6()) {
+                self.ipvsadm(&format!("-P {kind} {} -z {local}", self.vip))?;
+            }
+        }
         for (_, target, weight) in &self.dests {
             self.ipvsadm(&format!("-a {kind} {} -r {target} {flag} -w {weight}", self.vip))?;
         }
@@ -148,9 +211,21 @@ impl<'a> Case<'a> {
         );
         println!("\n$ ipvsadm -Ln --stats\n{}", self.director.ipvsadm("-Ln --stats")?);
         self.director.ipvsadm(&format!("-D {kind} {}", self.vip))?;
+        self.forgotten()?;
         let wrong = self.judge(&measured);
         println!("{}", if wrong.is_empty() { "ok".to_owned() } else { format!("WRONG: {}", wrong.join("; ")) });
         Ok(wrong)
+    }
+
+    /// Waits until the data plane has forgotten all connections, but those whose ports may be used again at once.
+    fn forgotten(&self) -> Result<()> {
+        eventually("connections to time out", SETTLE_TIME, || {
+            let listed = self.director.ipvsadm("-Lnc").map_err(|e| e.to_string())?;
+            let over = |line: &&str| line.contains(" TIME_WAIT ") || line.contains(" CLOSE ");
+            // Below the two lines of the head.
+            let left = listed.lines().skip(2).filter(|line| !over(line)).count();
+            if left == 0 { Ok(()) } else { Err(format!("{left} connections")) }
+        })
     }
 
     fn ipvsadm(&self, line: &str) -> Result<()> {
@@ -259,7 +334,7 @@ fn judge_answers(report: &Report, requests: usize, weights: &BTreeMap<String, us
 fn judge_counters(measured: &Measured, method: Method) -> Vec<String> {
     let mut wrong = Vec::new();
     let Measured { verdicts, servers_got, client_got, kernel_forwarded, report } = measured;
-    let name = if method == Method::Nat { "nat" } else { "dr" };
+    let (name, reply) = method.verdicts();
     if (*servers_got as usize) < report.answered() {
         wrong.push(format!("the servers' kernels count {servers_got} packets for {} answers", report.answered()));
     }
@@ -272,11 +347,8 @@ fn judge_counters(measured: &Measured, method: Method) -> Vec<String> {
     if verdicts.to_servers() != verdicts.of(name) {
         wrong.push(format!("packets went by another method: {verdicts}"));
     }
-    if method == Method::Nat && verdicts.of("nat_reply") < *client_got {
-        wrong.push(format!(
-            "the client got {client_got} packets, the data plane sent {} replies",
-            verdicts.of("nat_reply")
-        ));
+    if let Some(reply) = reply.filter(|reply| verdicts.of(reply) < *client_got) {
+        wrong.push(format!("the client got {client_got} packets, the data plane sent {} replies", verdicts.of(reply)));
     }
     if *kernel_forwarded != [0, 0] {
         wrong.push(format!("the kernel forwarded packets in the director itself (IPv4, IPv6: {kernel_forwarded:?})"));

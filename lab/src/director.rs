@@ -165,7 +165,7 @@ impl Verdicts {
 
     /// Packets of clients that the data plane itself sent to real servers.
     pub fn to_servers(&self) -> u64 {
-        self.of("dr") + self.of("nat")
+        ["dr", "nat", "tun", "fullnat", "fullnat_bare"].iter().map(|name| self.of(name)).sum()
     }
 }
 

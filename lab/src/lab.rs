@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
+use crate::director::program;
 use crate::error::{Error, Result};
 use crate::eventually::eventually;
 use crate::netns::{Netns, Output};
@@ -145,8 +146,9 @@ impl Lab {
     /// A lab that is not there is ended already. Goes on after a failure and returns the first.
     pub fn down(name: &str) -> Result<()> {
         check_name(name)?;
-        let mut results: Vec<Result<()>> =
-            Netns::with_prefix(&format!("{PREFIX}{name}-")).iter().map(Netns::remove).collect();
+        let nodes = Netns::with_prefix(&format!("{PREFIX}{name}-"));
+        let mut results: Vec<Result<()>> = nodes.iter().filter(|ns| record_of(ns).exists()).map(not_a_server).collect();
+        results.extend(nodes.iter().map(Netns::remove));
         let dir = Path::new(FOLDER).join(name);
         for mount in mounts_below(&dir) {
             let what = Error::io(format!("cannot unmount {}", mount.display()));
@@ -258,6 +260,16 @@ impl Record {
     }
 }
 
+/// What `rvs realserver` keeps of a namespace.
+fn record_of(ns: &Netns) -> PathBuf {
+    Path::new("/run/rvs").join(format!("realserver-{}.json", ns.name()))
+}
+
+/// What a real server's programs are attached to outlives its namespace.
+fn not_a_server(ns: &Netns) -> Result<()> {
+    ns.run(Command::new(program("rvs")?).args(["realserver", "down"]), "", COMMAND_TIME).map(drop)
+}
+
 /// A node of a running lab.
 #[derive(Debug, Clone, Copy)]
 pub struct NodeHandle<'a> {
@@ -286,6 +298,12 @@ impl<'a> NodeHandle<'a> {
     /// Runs a command; fails unless it exits with 0 within half a minute. Returns its standard output.
     pub fn run(&self, words: &[&str]) -> Result<String> {
         self.ns().run(&mut self.command(words)?, "", COMMAND_TIME)
+    }
+
+    /// `rvs realserver LINE` there. What it sets up ends with the lab.
+    pub fn realserver(&self, line: &str) -> Result<String> {
+        let rvs = program("rvs")?.display().to_string();
+        self.run(&[&rvs, "realserver"].into_iter().chain(line.split_whitespace()).collect::<Vec<_>>())
     }
 
     /// Runs a command with this standard input, whatever its exit code; fails only when it can't be run or takes longer.

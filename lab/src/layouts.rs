@@ -81,6 +81,8 @@ const DIRECTOR2: u8 = 21;
 const VIP: u8 = 100;
 /// rs1 is the next one.
 const SERVERS: u8 = 100;
+/// The director's for full NAT, in the real servers' network.
+const LOCALS: [u8; 2] = [210, 211];
 
 /// nginx on the service's own port, and on another for NAT with port mapping.
 pub const HTTP_PORTS: [u16; 2] = [80, 8080];
@@ -154,6 +156,7 @@ impl Builder {
     fn build(mut self) -> Topology {
         self.topology.name = format!("{:?}", self.layout);
         self.topology.vips = self.vips().to_vec();
+        self.topology.locals = LOCALS.into_iter().flat_map(|host| Net::Back.hosts(host)).collect();
         self.client_and_router();
         self.switch_or_bridge();
         self.director("director", DIRECTOR, true);
@@ -203,14 +206,21 @@ impl Builder {
         let mut node = Node { name: name.into(), sysctls: forwarding(), ..Node::default() };
         let out = if self.layout.one_armed() { Net::Back } else { Net::Front };
         node.routes = defaults(out.hosts(ROUTER));
+        let locals: Vec<IpNet> =
+            if holds_vip { self.topology.locals.iter().copied().map(IpNet::from).collect() } else { Vec::new() };
+        let mut inner = Net::Back.nets(host);
+        inner.extend(&locals);
         let mut outer = end(name, if self.layout.one_armed() { "lan" } else { "front" }, out.nets(host));
+        if self.layout.one_armed() {
+            outer.addresses.extend(&locals);
+        }
         if self.layout == Layout::LoopbackVip {
             node.loopback = vips;
         } else {
             outer.addresses.extend(vips);
         }
         if self.layout == Layout::BridgedServers {
-            node.bridges = vec![Bridge { name: "br0".into(), addresses: Net::Back.nets(host), floods: false }];
+            node.bridges = vec![Bridge { name: "br0".into(), addresses: inner.clone(), floods: false }];
         }
         self.topology.nodes.push(node);
         if self.layout.one_armed() {
@@ -221,7 +231,7 @@ impl Builder {
         self.link(outer, receives_xdp(end("router", "front", Net::Front.nets(ROUTER))));
         if self.layout != Layout::BridgedServers {
             let port = receives_xdp(self.port(name));
-            self.link(end(name, "back", Net::Back.nets(host)), port);
+            self.link(end(name, "back", inner), port);
         }
     }
 

@@ -22,6 +22,9 @@ pub struct Topology {
     pub name: String,
     /// The addresses that clients use, IPv4 first.
     pub vips: Vec<IpAddr>,
+    /// The director's addresses for full NAT.
+    #[serde(default)]
+    pub locals: Vec<IpAddr>,
     pub nodes: Vec<Node>,
     pub links: Vec<Link>,
 }
@@ -107,6 +110,11 @@ impl Topology {
     /// The VIP of a family.
     pub fn vip(&self, ipv6: bool) -> Option<IpAddr> {
         self.vips.iter().copied().find(|a| a.is_ipv6() == ipv6)
+    }
+
+    /// The director's addresses of a family for full NAT.
+    pub fn locals(&self, ipv6: bool) -> impl Iterator<Item = IpAddr> + '_ {
+        self.locals.iter().copied().filter(move |a| a.is_ipv6() == ipv6)
     }
 
     /// Names that fit, are unique, and mean something.

@@ -153,9 +153,6 @@ impl Buckets<V4> for Table {
     fn rank(&self, control: u64) -> Rank {
         conn::rank(&self.policy, control, self.now_s, |x| Buckets::<V4>::sign(self, x))
     }
-    fn movable(&self, control: u64) -> bool {
-        control & ct::LINKED == 0
-    }
 }
 impl Conns<V4> for Table {
     type Table = Table;

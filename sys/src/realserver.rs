@@ -14,7 +14,7 @@ use rvs_control::realserver::{self, Decap, Mode, Observed, Op, Refused, Wanted};
 use serde::{Deserialize, Serialize};
 
 use crate::bpf::BpfError;
-use crate::bpf::decap::Tunnels;
+use crate::bpf::programs::Programs;
 use crate::netlink::{Net, NetError};
 use crate::netns::NetNs;
 use crate::sysctl::{Sysctl, SysctlError};
@@ -65,7 +65,7 @@ pub enum Down {
 pub async fn observe(
     net: &impl Net,
     sysctl: &impl Sysctl,
-    tunnels: &impl Tunnels,
+    programs: &impl Programs,
     rules: Rules,
 ) -> Result<Observed, RealserverError> {
     let links = net.links().await?;
@@ -76,11 +76,11 @@ pub async fn observe(
         }
     }
     for link in links.iter().filter(|l| l.ethernet && !l.loopback) {
-        if let Some(mut decap) = tunnels.get(&link.name)? {
+        if let Some(mut decap) = programs.tunnel(&link.name)? {
             // What is configured counts only if a test packet comes through.
             let mut proven = std::collections::BTreeSet::new();
             for vip in &decap.vips {
-                if tunnels.prove(&link.name, *vip)? {
+                if programs.prove(&link.name, *vip)? {
                     proven.insert(*vip);
                 }
             }
@@ -88,6 +88,7 @@ pub async fn observe(
             host.decap.insert(link.name.clone(), decap);
         }
     }
+    host.directors = programs.directors()?;
     host.links = links;
     host.addrs = net.addrs().await?;
     host.ipv4_default_routes = net.ipv4_default_routes().await?;
@@ -102,7 +103,7 @@ pub async fn observe(
 pub async fn up(
     net: &impl Net,
     sysctl: &impl Sysctl,
-    tunnels: &impl Tunnels,
+    programs: &impl Programs,
     wanted: &Wanted,
     rules: Rules,
     record: &RecordFile,
@@ -110,13 +111,13 @@ pub async fn up(
     wanted.check()?;
     let _lock = record.lock()?;
     let before = record.read()?;
-    let ops = realserver::plan_up(wanted, &observe(net, sysctl, tunnels, rules).await?)?;
+    let ops = realserver::plan_up(wanted, &observe(net, sysctl, programs, rules).await?)?;
     let merged = before.clone().unwrap_or_default().told(wanted).and(&ops);
     record.write(Some(&merged))?;
     for (done, op) in ops.iter().enumerate() {
-        let Err(error) = apply(net, sysctl, tunnels, op).await else { continue };
+        let Err(error) = apply(net, sysctl, programs, op).await else { continue };
         let undo: Vec<Op> = ops[..done].iter().rev().map(Op::inverse).collect();
-        let (left, problems, _) = take_back(net, sysctl, tunnels, &undo).await;
+        let (left, problems, _) = take_back(net, sysctl, programs, &undo).await;
         if left.is_empty() {
             record.write(before.as_ref())?;
             return Err(error);
@@ -135,12 +136,12 @@ pub async fn up(
 pub async fn down(
     net: &impl Net,
     sysctl: &impl Sysctl,
-    tunnels: &impl Tunnels,
+    programs: &impl Programs,
     record: &RecordFile,
 ) -> Result<Down, RealserverError> {
     let _lock = record.lock()?;
     let Some(before) = record.read()? else { return Ok(Down::Nothing) };
-    let (left, problems, notes) = take_back(net, sysctl, tunnels, &before.undo).await;
+    let (left, problems, notes) = take_back(net, sysctl, programs, &before.undo).await;
     if left.is_empty() {
         record.write(None)?;
         return Ok(Down::Restored { notes });
@@ -149,11 +150,12 @@ pub async fn down(
     Err(RealserverError::Left(problems))
 }
 
-async fn apply(net: &impl Net, sysctl: &impl Sysctl, tunnels: &impl Tunnels, op: &Op) -> Result<(), RealserverError> {
+async fn apply(net: &impl Net, sysctl: &impl Sysctl, programs: &impl Programs, op: &Op) -> Result<(), RealserverError> {
     match op {
         Op::AddAddr { addr, .. } => net.add_addr(addr).await.map(|_| ())?,
         Op::DelAddr { addr, .. } => net.del_addr(addr.ifindex, addr.ip, addr.prefix_len).await.map(|_| ())?,
-        Op::Decap { link, new, .. } => tunnels.set(link, new.as_ref())?,
+        Op::Decap { link, new, .. } => programs.set_tunnel(link, new.as_ref())?,
+        Op::Directors { new, .. } => programs.set_directors(new)?,
         Op::Set { key, new, .. } => sysctl.write(key, *new).map(|_| ())?,
     }
     Ok(())
@@ -163,12 +165,12 @@ async fn apply(net: &impl Net, sysctl: &impl Sysctl, tunnels: &impl Tunnels, op:
 async fn take_back(
     net: &impl Net,
     sysctl: &impl Sysctl,
-    tunnels: &impl Tunnels,
+    programs: &impl Programs,
     undo: &[Op],
 ) -> (Vec<Op>, Vec<String>, Vec<String>) {
     let (mut left, mut problems, mut notes) = (Vec::new(), Vec::new(), Vec::new());
     for op in undo {
-        match take_back_one(net, sysctl, tunnels, op).await {
+        match take_back_one(net, sysctl, programs, op).await {
             Ok(note) => notes.extend(note),
             Err(error) => {
                 left.push(op.clone());
@@ -182,7 +184,7 @@ async fn take_back(
 async fn take_back_one(
     net: &impl Net,
     sysctl: &impl Sysctl,
-    tunnels: &impl Tunnels,
+    programs: &impl Programs,
     op: &Op,
 ) -> Result<Option<String>, RealserverError> {
     match op {
@@ -194,11 +196,15 @@ async fn take_back_one(
             let changed = now != *old && now != *new;
             Ok(changed.then(|| format!("{key} was {now}, not the {old} that was set; it is {new} again")))
         }
+        Op::Directors { new, .. } => {
+            programs.set_directors(new)?;
+            Ok(None)
+        }
         Op::Decap { link, new, .. } => {
             if !net.links().await?.iter().any(|l| l.name == *link) {
                 return Ok(Some(format!("the program for tunnels is gone with {link}")));
             }
-            tunnels.set(link, new.as_ref())?;
+            programs.set_tunnel(link, new.as_ref())?;
             Ok(None)
         }
         Op::AddAddr { link, addr } | Op::DelAddr { link, addr } => {
@@ -221,6 +227,8 @@ async fn take_back_one(
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Record {
     vips: Vec<IpAddr>,
+    /// With full NAT.
+    directors: Vec<IpAddr>,
     interfaces: Vec<String>,
     static_arp: bool,
     /// With tunnels: where GUE comes to.
@@ -229,14 +237,19 @@ struct Record {
 }
 
 impl Record {
-    /// VIPs add up; of the rest the last word counts.
+    /// VIPs and directors add up; of the rest the last word counts.
     fn told(mut self, wanted: &Wanted) -> Self {
-        let new = wanted.vips.iter().filter(|vip| !self.vips.contains(vip)).copied();
-        let vips = self.vips.iter().copied().chain(new).collect();
-        self.vips = vips;
-        self.interfaces.clone_from(&wanted.interfaces);
-        self.static_arp = wanted.static_arp;
-        self.gue_port = (wanted.mode == Mode::Tun).then_some(wanted.gue_port);
+        let add = |known: &mut Vec<IpAddr>, new: &[IpAddr]| {
+            let new: Vec<IpAddr> = new.iter().filter(|a| !known.contains(a)).copied().collect();
+            known.extend(new);
+        };
+        add(&mut self.vips, &wanted.vips);
+        add(&mut self.directors, &wanted.directors);
+        if wanted.mode != Mode::Fullnat {
+            self.interfaces.clone_from(&wanted.interfaces);
+            self.static_arp = wanted.static_arp;
+            self.gue_port = (wanted.mode == Mode::Tun).then_some(wanted.gue_port);
+        }
         self
     }
 
@@ -248,6 +261,7 @@ impl Record {
     fn before(self, newer: Vec<Op>) -> Self {
         let known = |op: &Op| match op {
             Op::Decap { link, .. } => self.undo.iter().any(|o| matches!(o, Op::Decap { link: l, .. } if l == link)),
+            Op::Directors { .. } => self.undo.iter().any(|o| matches!(o, Op::Directors { .. })),
             Op::Set { key, .. } => self.undo.iter().any(|o| matches!(o, Op::Set { key: k, .. } if k == key)),
             op => self.undo.contains(op),
         };
@@ -271,6 +285,8 @@ struct Stored {
     netns: u64,
     netns_name: Option<String>,
     vips: Vec<IpAddr>,
+    #[serde(default)]
+    directors: Vec<IpAddr>,
     interfaces: Vec<String>,
     static_arp: bool,
     #[serde(default)]
@@ -286,6 +302,7 @@ enum StoredOp {
     DelAddr { link: String, addr: StoredAddr },
     Set { key: String, from: i64, to: i64 },
     Decap { link: String, from: Option<StoredDecap>, to: Option<StoredDecap> },
+    Directors { from: Vec<IpAddr>, to: Vec<IpAddr> },
 }
 
 /// [`Decap`] on disk.
@@ -357,19 +374,23 @@ impl RecordFile {
         Ok(folder)
     }
 
-    /// What the last [`up`] was told; `None` without a record.
+    /// What [`up`] was told so far, one for each kind of forwarding; none without a record.
     ///
     /// # Errors
     /// When the record can't be read, or is of another namespace.
-    pub fn told(&self) -> Result<Option<Wanted>, RealserverError> {
-        let wanted = |record: Record| Wanted {
+    pub fn told(&self) -> Result<Vec<Wanted>, RealserverError> {
+        let Some(record) = self.read()? else { return Ok(Vec::new()) };
+        let base = Wanted {
             mode: if record.gue_port.is_some() { Mode::Tun } else { Mode::Dr },
             vips: record.vips,
+            directors: Vec::new(),
             interfaces: record.interfaces,
             static_arp: record.static_arp,
             gue_port: record.gue_port.unwrap_or(realserver::GUE_PORT),
         };
-        Ok(self.read()?.map(wanted))
+        let fullnat = Wanted { mode: Mode::Fullnat, vips: Vec::new(), directors: record.directors, ..base.clone() };
+        let told = |wanted: &Wanted| !wanted.vips.is_empty() || !wanted.directors.is_empty();
+        Ok([base, fullnat].into_iter().filter(told).collect())
     }
 
     fn read(&self) -> Result<Option<Record>, RealserverError> {
@@ -391,9 +412,10 @@ impl RecordFile {
             let (path, theirs, ours) = (self.path.clone(), stored.netns, self.namespace.inode);
             return Err(RealserverError::OtherNamespace { path, theirs, ours });
         }
-        let Stored { vips, interfaces, static_arp, gue_port, .. } = stored;
+        let Stored { vips, directors, interfaces, static_arp, gue_port, .. } = stored;
         Ok(Some(Record {
             vips,
+            directors,
             interfaces,
             static_arp,
             gue_port,
@@ -414,6 +436,7 @@ impl RecordFile {
             netns: self.namespace.inode,
             netns_name: self.namespace.name.clone(),
             vips: record.vips.clone(),
+            directors: record.directors.clone(),
             interfaces: record.interfaces.clone(),
             static_arp: record.static_arp,
             gue_port: record.gue_port,
@@ -441,6 +464,9 @@ impl From<&Op> for StoredOp {
             Op::Decap { link, old, new } => {
                 Self::Decap { link, from: old.map(StoredDecap::from), to: new.map(StoredDecap::from) }
             }
+            Op::Directors { old, new } => {
+                Self::Directors { from: old.into_iter().collect(), to: new.into_iter().collect() }
+            }
         }
     }
 }
@@ -453,6 +479,9 @@ impl From<StoredOp> for Op {
             StoredOp::Set { key, from, to } => Self::Set { key, old: from, new: to },
             StoredOp::Decap { link, from, to } => {
                 Self::Decap { link, old: from.map(Decap::from), new: to.map(Decap::from) }
+            }
+            StoredOp::Directors { from, to } => {
+                Self::Directors { old: from.into_iter().collect(), new: to.into_iter().collect() }
             }
         }
     }
@@ -494,7 +523,7 @@ mod tests {
     use rvs_control::net::{Link, Mac};
 
     use super::*;
-    use crate::bpf::decap::FakeTunnels;
+    use crate::bpf::programs::FakePrograms;
     use crate::netlink::fake::{FakeNet, World};
     use crate::sysctl::fake::FakeSysctl;
     use rvs_control::realserver::GUE_PORT;
@@ -551,7 +580,8 @@ mod tests {
 
     fn wanted(vips: &[&str]) -> Wanted {
         let vips = vips.iter().map(|v| v.parse().unwrap()).collect();
-        Wanted { mode: Mode::Dr, vips, interfaces: Vec::new(), static_arp: false, gue_port: GUE_PORT }
+        let directors = Vec::new();
+        Wanted { mode: Mode::Dr, vips, directors, interfaces: Vec::new(), static_arp: false, gue_port: GUE_PORT }
     }
 
     fn state(net: &FakeNet, sysctl: &FakeSysctl) -> (World, BTreeMap<String, i64>) {
@@ -564,29 +594,29 @@ mod tests {
         let record = folder.record(7, None);
         let (net, sysctl) = host();
         let before = state(&net, &sysctl);
-        assert_eq!(down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap(), Down::Nothing);
-        assert_eq!(record.told().unwrap(), None);
+        assert_eq!(down(&net, &sysctl, &FakePrograms::default(), &record).await.unwrap(), Down::Nothing);
+        assert_eq!(record.told().unwrap(), []);
         let vips = wanted(&["192.0.2.1", "2001:db8::1"]);
         assert_eq!(
-            up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &record).await.unwrap().len(),
+            up(&net, &sysctl, &FakePrograms::default(), &vips, Rules::default(), &record).await.unwrap().len(),
             7
         );
         let ready = state(&net, &sysctl);
-        assert_eq!(up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &record).await.unwrap(), []);
+        assert_eq!(up(&net, &sysctl, &FakePrograms::default(), &vips, Rules::default(), &record).await.unwrap(), []);
         assert_eq!(state(&net, &sysctl), ready);
 
         // Something is broken by hand, and a VIP is added: the oldest values are what comes back.
         sysctl.write("net/ipv4/conf/all/arp_ignore", 5).unwrap();
         let more = wanted(&["192.0.2.1", "192.0.2.2", "2001:db8::1"]);
-        let ops = up(&net, &sysctl, &FakeTunnels::default(), &more, Rules::default(), &record).await.unwrap();
+        let ops = up(&net, &sysctl, &FakePrograms::default(), &more, Rules::default(), &record).await.unwrap();
         assert_eq!(ops.len(), 2, "{ops:?}");
-        assert_eq!(record.told().unwrap(), Some(wanted(&["192.0.2.1", "2001:db8::1", "192.0.2.2"])));
+        assert_eq!(record.told().unwrap(), [wanted(&["192.0.2.1", "2001:db8::1", "192.0.2.2"])]);
         assert_eq!(
-            down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap(),
+            down(&net, &sysctl, &FakePrograms::default(), &record).await.unwrap(),
             Down::Restored { notes: Vec::new() }
         );
         assert_eq!(state(&net, &sysctl), before);
-        assert_eq!(down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap(), Down::Nothing);
+        assert_eq!(down(&net, &sysctl, &FakePrograms::default(), &record).await.unwrap(), Down::Nothing);
     }
 
     #[tokio::test]
@@ -603,14 +633,14 @@ mod tests {
             } else {
                 net.fail_nth(nth)
             }
-            match up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &record).await {
+            match up(&net, &sysctl, &FakePrograms::default(), &vips, Rules::default(), &record).await {
                 Ok(_) => {
                     if in_sysctl {
                         sysctl.fail_nth(0)
                     } else {
                         net.fail_nth(0)
                     }
-                    down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap();
+                    down(&net, &sysctl, &FakePrograms::default(), &record).await.unwrap();
                 }
                 Err(error) => {
                     failures += 1;
@@ -632,14 +662,14 @@ mod tests {
             let (net, sysctl) = host();
             let before = state(&net, &sysctl);
             let vips = wanted(&["192.0.2.1", "2001:db8::1"]);
-            up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &record).await.unwrap();
+            up(&net, &sysctl, &FakePrograms::default(), &vips, Rules::default(), &record).await.unwrap();
             net.fail_nth(nth);
             sysctl.fail_nth(nth);
-            let first = down(&net, &sysctl, &FakeTunnels::default(), &record).await;
+            let first = down(&net, &sysctl, &FakePrograms::default(), &record).await;
             assert_eq!(first.is_err(), record.path.exists(), "{first:?}");
             net.fail_nth(0);
             sysctl.fail_nth(0);
-            down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap();
+            down(&net, &sysctl, &FakePrograms::default(), &record).await.unwrap();
             assert_eq!(state(&net, &sysctl), before, "operation {nth}");
         }
     }
@@ -649,10 +679,10 @@ mod tests {
         let folder = Folder::new("notes");
         let record = folder.record(7, None);
         let (net, sysctl) = host();
-        up(&net, &sysctl, &FakeTunnels::default(), &wanted(&["192.0.2.1"]), Rules::default(), &record).await.unwrap();
+        up(&net, &sysctl, &FakePrograms::default(), &wanted(&["192.0.2.1"]), Rules::default(), &record).await.unwrap();
         sysctl.write("net/ipv4/conf/all/arp_announce", 1).unwrap();
         net.edit(|world| world.addrs.retain(|a| a.ip.is_ipv6()), []);
-        let notes = match down(&net, &sysctl, &FakeTunnels::default(), &record).await.unwrap() {
+        let notes = match down(&net, &sysctl, &FakePrograms::default(), &record).await.unwrap() {
             Down::Restored { notes } => notes,
             Down::Nothing => panic!("there is a record"),
         };
@@ -670,16 +700,18 @@ mod tests {
         let folder = Folder::new("other");
         let (net, sysctl) = host();
         let vips = wanted(&["192.0.2.1"]);
-        up(&net, &sysctl, &FakeTunnels::default(), &vips, Rules::default(), &folder.record(7, Some("rs1")))
+        up(&net, &sysctl, &FakePrograms::default(), &vips, Rules::default(), &folder.record(7, Some("rs1")))
             .await
             .unwrap();
-        let error =
-            down(&net, &sysctl, &FakeTunnels::default(), &folder.record(8, Some("rs2"))).await.unwrap_err().to_string();
+        let error = down(&net, &sysctl, &FakePrograms::default(), &folder.record(8, Some("rs2")))
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("is of another network namespace (7, this is 8)"), "{error}");
-        let anew = down(&net, &sysctl, &FakeTunnels::default(), &folder.record(8, Some("rs1"))).await.unwrap();
+        let anew = down(&net, &sysctl, &FakePrograms::default(), &folder.record(8, Some("rs1"))).await.unwrap();
         assert_eq!(anew, Down::Nothing, "a namespace of the same name made anew");
         fs::write(folder.0.join("record.json"), "{\"version\":1").unwrap();
-        let error = down(&net, &sysctl, &FakeTunnels::default(), &folder.record(7, None)).await.unwrap_err();
+        let error = down(&net, &sysctl, &FakePrograms::default(), &folder.record(7, None)).await.unwrap_err();
         assert!(matches!(error, RealserverError::BadRecord { .. }), "{error}");
     }
 }

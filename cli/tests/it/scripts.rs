@@ -164,11 +164,8 @@ fn what_the_data_plane_lacks_is_refused_in_one_line() {
     let lines = [
         "-A -t 192.0.2.1:81 -s lc",
         "-E -t 192.0.2.1:80 -p 60",
-        "-a -t 192.0.2.1:80 -r 10.0.0.1:80 -b",
-        "-a -t 192.0.2.1:80 -r 10.0.0.1:80 --fullnat",
-        "-P -t 192.0.2.1:80 -z 10.0.0.9",
-        "-Q -t 192.0.2.1:80 -z 10.0.0.9",
-        "-G",
+        "-A -f 7 -s rr",
+        "-a -t 192.0.2.1:80 -r 10.0.0.1:80 -x 9",
         "--start-daemon master",
     ];
     for line in lines {

@@ -353,7 +353,7 @@ fn a_refusal_changes_nothing() {
     let wire = Wire::new();
     let before = wire.snapshot();
     for (words, reason) in [
-        ("up --vip 10.1.0.99 --mode fullnat", "mode fullnat is not possible yet: only dr and tun are"),
+        ("up --vip 10.1.0.99 --mode fullnat", "a real server for full NAT has no VIP: leave 10.1.0.99 out"),
         ("up --vip 10.1.0.99 --interface eth7", "there is no interface eth7 in this network namespace"),
         ("up --vip 127.0.0.1", "127.0.0.1 cannot be a VIP: it is a loopback address"),
         (

@@ -30,6 +30,7 @@ pub struct DumpedService {
     pub record: abi::Service,
     /// Without the head.
     pub list: Vec<ListEntry>,
+    pub locals: Vec<abi::Local>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -110,14 +111,22 @@ impl Planner {
         let run = Run { first: s.record.list as u32, len: s.list.len() as u32 + 1 };
         let table =
             (s.record.table != 0).then_some(Run { first: s.record.table as u32, len: (s.record.table >> 32) as u32 });
+        let locals = (s.record.locals != 0)
+            .then_some(Run { first: s.record.locals as u32, len: (s.record.locals >> 32) as u32 });
         let free = self.rest.service_indexes.claim(s.index)
             && self.rest.lists.claim(run)
-            && table.is_none_or(|t| self.rest.tables.claim(t));
+            && table.is_none_or(|t| self.rest.tables.claim(t))
+            && locals.is_none_or(|l| self.rest.locals.claim(l));
         if !free {
-            return Err(wrong("its index, list or table is another's too, or out of range".into()));
+            return Err(wrong("its index, list, table or local addresses are another's too, or out of range".into()));
         }
-        let mut placed =
-            Placed { index: s.index, record: s.record, list: s.list.clone(), run, table, dests: BTreeMap::new() };
+        for local in &s.locals {
+            let addr = address(&local.address, key.family() == Family::V6);
+            model.apply(&Command::AddLocalAddress(key, addr), &Accepted).map_err(|e| wrong(e.to_string()))?;
+        }
+        let dests_there = BTreeMap::new();
+        let list = s.list.clone();
+        let mut placed = Placed { index: s.index, record: s.record, list, run, table, locals, dests: dests_there };
         // Last added first in the list: add the last one first.
         for entry in s.list.iter().rev() {
             let Some(dest) = dests.get(&entry.dest) else {

@@ -31,6 +31,7 @@ struct Maps {
     state: BTreeMap<u32, ServiceState>,
     lists: BTreeMap<u32, ListEntry>,
     tables: BTreeMap<u32, u32>,
+    locals: BTreeMap<u32, abi::Local>,
     dests: BTreeMap<u32, abi::Dest>,
     info: BTreeMap<u32, abi::DestInfo>,
     tunnels: BTreeMap<u32, abi::Tunnel>,
@@ -69,6 +70,11 @@ impl Maps {
                     let record = self.services.get_mut(service).unwrap();
                     record.table = u64::from(*first) | (places.len() as u64) << 32;
                 }
+                MapOp::Locals { service, first, addresses } => {
+                    self.locals.extend((*first..).zip(addresses.iter().copied()));
+                    let record = self.services.get_mut(service).unwrap();
+                    record.locals = u64::from(*first) | (addresses.len() as u64) << 32;
+                }
                 MapOp::Dest { index, value } => drop(self.dests.insert(*index, *value)),
                 MapOp::DestInfo { index, value } => drop(self.info.insert(*index, *value)),
                 MapOp::Tunnel { index, value } => drop(self.tunnels.insert(*index, *value)),
@@ -86,11 +92,16 @@ impl Maps {
         (1..=count).map(|i| self.lists[&(first + i)]).collect()
     }
 
+    fn local_addresses(&self, record: &abi::Service) -> Vec<abi::Local> {
+        let (first, count) = (record.locals as u32, (record.locals >> 32) as u32);
+        (0..count).map(|i| self.locals[&(first + i)]).collect()
+    }
+
     fn dump(&self) -> Dump {
         let services = self.keys.values().map(|v| {
             let index = *v as u32;
             let record = self.services[&index];
-            DumpedService { index, record, list: self.list(&record) }
+            DumpedService { index, record, list: self.list(&record), locals: self.local_addresses(&record) }
         });
         let dests = self.dests.iter().filter(|(_, d)| **d != abi::Dest::default());
         Dump {
@@ -156,6 +167,8 @@ impl World {
             for place in record.list as u32..=record.list as u32 + list.len() as u32 {
                 assert!(places.insert(place), "list entry {place} is two services'");
             }
+            let locals: Vec<_> = service.local_addresses.iter().map(|a| abi::Local { address: bytes(*a) }).collect();
+            assert_eq!(self.maps.local_addresses(record), locals);
             for (entry, dest) in list.iter().zip(dests) {
                 assert!(used.insert(entry.dest), "dest {} is in two places", entry.dest);
                 let there = self.maps.dests[&entry.dest];
@@ -207,6 +220,7 @@ fn dest(n: u8, weight: u32, masq: bool) -> Dest {
     let method = match masq {
         true => FwdMethod::Masq,
         false if n.is_multiple_of(2) => FwdMethod::Tunnel(tunnel),
+        false if n == 7 => FwdMethod::Fullnat,
         false => FwdMethod::Route,
     };
     Dest { key: DestKey { addr: ip(n), port: 80 }, method, weight, upper: 0, lower: 0 }
@@ -223,6 +237,8 @@ fn any_command() -> impl Strategy<Value = Command> {
         8 => (key(), dest()).prop_map(|(k, d)| Command::AddDest(k, d)),
         4 => (key(), dest()).prop_map(|(k, d)| Command::EditDest(k, d)),
         4 => (key(), dest()).prop_map(|(k, d)| Command::DelDest(k, d.key)),
+        3 => (key(), 200u8..206).prop_map(|(k, n)| Command::AddLocalAddress(k, ip(n))),
+        2 => (key(), 200u8..206).prop_map(|(k, n)| Command::DelLocalAddress(k, ip(n))),
         1 => Just(Command::Flush),
         1 => (1u32..5000).prop_map(|udp_s| Command::SetTimeouts(Timeouts { tcp_s: 0, tcp_fin_s: 0, udp_s })),
     ]
@@ -301,7 +317,7 @@ proptest! {
 fn save(model: &Model) -> Vec<String> {
     let mut lines = vec![format!("{:?}", model.timeouts())];
     for (key, service) in model.services_by_age() {
-        lines.push(format!("{key:?} {:?}", service.config));
+        lines.push(format!("{key:?} {:?} {:?}", service.config, service.local_addresses));
         lines.extend(service.dests().map(|d| format!("{d:?}")));
     }
     lines

@@ -40,6 +40,7 @@ fn wanted(vips: &[&str]) -> Wanted {
     Wanted {
         mode: Mode::Dr,
         vips: vips.iter().map(|v| ip(v)).collect(),
+        directors: Vec::new(),
         interfaces: Vec::new(),
         static_arp: false,
         gue_port: GUE_PORT,
@@ -59,6 +60,7 @@ fn after(mut host: Observed, ops: &[Op]) -> Observed {
                     None => drop(host.decap.remove(link)),
                 }
             }
+            Op::Directors { new, .. } => host.directors.clone_from(new),
             Op::Set { key, old, new } => {
                 assert_eq!(host.settings.insert(key.clone(), *new), Some(*old), "{key}");
             }
@@ -288,8 +290,38 @@ fn what_can_never_work_is_refused_first() {
     ] {
         assert_eq!(refused(&[VIP, vip]), format!("{} cannot be a VIP: it is {why}", ip(vip)));
     }
-    let error = Wanted { mode: Mode::Fullnat, ..wanted(&[VIP]) }.check().unwrap_err();
-    assert_eq!(error.to_string(), "mode fullnat is not possible yet: only dr and tun are");
+}
+
+#[test]
+fn full_nat_wants_directors_and_nothing_else() {
+    let fullnat = |vips: &[&str], directors: &[&str]| Wanted {
+        mode: Mode::Fullnat,
+        directors: directors.iter().map(|d| ip(d)).collect(),
+        ..wanted(vips)
+    };
+    let refused = |w: Wanted| w.check().unwrap_err().to_string();
+    assert_eq!(
+        refused(fullnat(&[], &[])),
+        "no director was given: name each local address of its pool (ipvsadm -G) with --director"
+    );
+    assert_eq!(
+        refused(fullnat(&[VIP], &["10.0.0.200"])),
+        format!("a real server for full NAT has no VIP: leave {VIP} out")
+    );
+    let dr = Wanted { mode: Mode::Dr, ..fullnat(&[VIP], &["10.0.0.200"]) };
+    assert_eq!(refused(dr), "only full NAT asks for the director's address: leave 10.0.0.200 out");
+
+    // Directors add up, whatever the host is like otherwise.
+    let mut host = Observed { directors: [ip("10.0.0.200")].into(), ..Observed::default() };
+    let two = fullnat(&[], &["10.0.0.200", "10.0.0.201"]);
+    let findings = desired(&two, &host).unwrap();
+    assert_eq!(findings.len(), 1);
+    assert_eq!(findings[0].problem, Problem::ClientHidden { director: ip("10.0.0.201") });
+    let ops = plan_up(&two, &host).unwrap();
+    assert_eq!(ops[0].to_string(), "rvs realserver up --mode fullnat --director 10.0.0.200 --director 10.0.0.201");
+    let Op::Directors { new, .. } = ops[0].clone() else { panic!("{ops:?}") };
+    host.directors = new;
+    assert_eq!(plan_up(&two, &host).unwrap(), []);
 }
 
 #[test]

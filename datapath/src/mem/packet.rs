@@ -27,6 +27,9 @@ impl Window for MemWindow<'_> {
         let word = |at| u64::from(self.r32(at));
         if cfg!(target_endian = "little") { word(at) | word(at + 4) << 32 } else { word(at) << 32 | word(at + 4) }
     }
+    fn w8(&mut self, at: usize, v: u8) {
+        self.0[at] = v;
+    }
     fn w16(&mut self, at: usize, v: u16) {
         self.0[at..at + 2].copy_from_slice(&v.to_ne_bytes());
     }
@@ -42,6 +45,16 @@ impl Packet for MemPacket {
     type W<'a> = MemWindow<'a>;
     fn window(&mut self, len: usize) -> Option<MemWindow<'_>> {
         self.bytes.get_mut(..len).map(MemWindow)
+    }
+    fn bytes(&mut self, at: usize, len: usize) -> Option<MemWindow<'_>> {
+        self.bytes.get_mut(at..at + len).map(MemWindow)
+    }
+    fn open_gap(&mut self, at: usize, n: usize) -> bool {
+        let fits = at <= self.bytes.len();
+        if fits {
+            self.bytes.splice(at..at, std::iter::repeat_n(0xa5, n));
+        }
+        fits
     }
     fn frame_len(&self) -> u32 {
         self.bytes.len() as u32

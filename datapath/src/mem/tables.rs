@@ -2,8 +2,8 @@
 
 use super::{MemConns, MemPacket};
 use crate::abi::{
-    self, Config, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState, Stats,
-    Tunnel,
+    self, Config, Dest, DestState, Hop, Iface, ListEntry, Local, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState,
+    Stats, Tunnel,
 };
 use crate::conn::{self, Policy, Timeouts};
 use crate::ct::{self, MIN_BUCKETS, Seed, V4, V6};
@@ -68,6 +68,7 @@ pub struct MemTables {
     pub services: Vec<Service>,
     pub lists: Vec<ListEntry>,
     pub tables: Vec<u32>,
+    pub locals: Vec<Local>,
     pub hops: Vec<Hop>,
     /// By address as it lies in the packet.
     pub routes: BTreeMap<(u8, [u8; 16]), Way>,
@@ -76,6 +77,7 @@ pub struct MemTables {
     /// By dest index.
     pub tunnels: Vec<Tunnel>,
     dest_flags: Vec<AtomicU64>,
+    lendings: Vec<AtomicU64>,
     stats: Vec<StatCells>,
     reply_hops: Vec<OnceLock<Hop>>,
     verdicts: [AtomicU64; COUNTERS],
@@ -109,12 +111,14 @@ impl MemTables {
             services: filled(sizes.services),
             lists: filled(sizes.lists),
             tables: filled(sizes.tables),
+            locals: filled(sizes.dests),
             hops: filled(sizes.hops),
             routes: BTreeMap::new(),
             machines: filled(sizes.services),
             dests: filled(sizes.dests),
             tunnels: filled(sizes.dests),
             dest_flags: filled(sizes.dests),
+            lendings: filled(sizes.dests),
             stats: filled(sizes.dests),
             reply_hops: filled(REPLY_HOPS_MAX),
             verdicts: std::array::from_fn(|_| AtomicU64::new(0)),
@@ -159,12 +163,24 @@ impl MemTables {
     /// A dest as each packet reads it. `index` is not 0.
     pub fn set_dest(&mut self, index: u32, dest: Dest) {
         self.dests[index as usize] = dest;
+        let lent = dest.lends();
+        for set in [&mut self.conns4.lent, &mut self.conns6.lent] {
+            if lent {
+                set.insert(index)
+            } else {
+                set.remove(&index)
+            };
+        }
         self.conns4.dests.insert(index, (V4::from_bytes(&dest.address), dest.port));
         self.conns6.dests.insert(index, (V6::from_bytes(&dest.address), dest.port));
     }
     /// `DestState::flags`.
     pub fn set_dest_flags(&self, index: u32, flags: u64) {
         self.dest_flags[index as usize].store(flags, SeqCst);
+    }
+    /// `DestState::lent`.
+    pub fn set_lent(&self, index: u32, lent: u64) {
+        self.lendings[index as usize].store(lent, SeqCst);
     }
     pub fn dest_state(&self, index: u32) -> DestState {
         let (four, six) = (self.conns4.counted(index), self.conns6.counted(index));
@@ -173,6 +189,7 @@ impl MemTables {
             inactive: (four.1 + six.1) as u64,
             flags: self.dest_flags[index as usize].load(SeqCst),
             persistent: 0,
+            lent: self.lendings[index as usize].load(SeqCst),
         }
     }
     /// Entries of both connection tables, forward and reverse, swept or not.
@@ -280,6 +297,15 @@ impl Tables for MemTables {
     }
     fn available(&self, dest: u32) -> bool {
         self.dest_flags.get(dest as usize).is_some_and(|f| f.load(SeqCst) & 3 == 0)
+    }
+    fn local(&self, at: u32) -> Option<&Local> {
+        self.locals.get(at as usize)
+    }
+    fn lending(&self, dest: u32) -> u64 {
+        self.lendings[dest as usize].fetch_add(1, Relaxed)
+    }
+    fn sequence_clock(&self) -> u32 {
+        abi::Clock::sequence(u64::from(self.now_s()) * 1_000_000_000)
     }
     fn count_connection(&self, dest: u32) {
         self.stats[dest as usize].add(0, 1);

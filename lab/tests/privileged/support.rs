@@ -95,6 +95,11 @@ pub fn at(lab: &Lab, node: &str, ipv6: bool, port: u16) -> TestResult<SocketAddr
 /// A service with all servers of the lab, each with the same weight.
 pub fn serve(lab: &Lab, director: &Director<'_>, kind: &str, vip: SocketAddr, method: &str, port: u16) -> TestResult {
     director.ipvsadm(&format!("-A {kind} {vip} -s rr"))?;
+    if method == "--fullnat" {
+        for local in lab.topology().locals(vip.is_ipv6()) {
+            director.ipvsadm(&format!("-P {kind} {vip} -z {local}"))?;
+        }
+    }
     for server in lab.topology().servers() {
         let target = at(lab, &server.name, vip.is_ipv6(), port)?;
         director.ipvsadm(&format!("-a {kind} {vip} -r {target} {method} -w 1"))?;

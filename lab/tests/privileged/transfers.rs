@@ -34,7 +34,7 @@ fn transfers(hook: Hook, offload: bool) -> TestResult {
     let layout = Layout::TwoArmed;
     let lab = lab(&layout.topology(&Options { servers: 2, offload, ..Options::default() }))?;
     let rvs = director(&lab, layout.director_interfaces(), hook)?;
-    for (method, port) in [("-m", 8080), ("-m", 80), ("-g", 80)] {
+    for (method, port) in [("-m", 8080), ("-m", 80), ("-g", 80), ("--fullnat", 8080)] {
         for ipv6 in [false, true] {
             let vip = vip(&lab, ipv6, 80)?;
             serve(&lab, &rvs, "-t", vip, method, port)?;
@@ -46,7 +46,11 @@ fn transfers(hook: Hook, offload: bool) -> TestResult {
                     .map_err(|why| format!("{method} to {port}, {vip}: {why:?}"))?;
             }
             let since = rvs.verdicts()?.since(&before);
-            let verdict = if method == "-m" { "nat" } else { "dr" };
+            let verdict = match method {
+                "-m" => "nat",
+                "-g" => "dr",
+                _ => "fullnat",
+            };
             // 4 MB each way in frames of 1500 bytes; one frame may carry 64 KiB where segmentation is left to the device.
             let least = if offload { 4 * 1024 * 1024 / 65536 } else { 4 * 1024 * 1024 / 1500 };
             check(since.of(verdict) > least, || format!("{method}: the data plane forwarded {since}"))?;
@@ -63,7 +67,7 @@ fn narrow_path(hook: Hook) -> TestResult {
     let lab = lab(&layout.topology(&Options { servers: 1, offload: false, ..Options::default() }))?;
     let rvs = director(&lab, layout.director_interfaces(), hook)?;
     lab.node("router")?.run(&["ip", "link", "set", "client", "mtu", "1400"])?;
-    for (method, port) in [("-m", 8080), ("-g", 80)] {
+    for (method, port) in [("-m", 8080), ("-g", 80), ("--fullnat", 8080)] {
         for ipv6 in [false, true] {
             let vip = vip(&lab, ipv6, 80)?;
             serve(&lab, &rvs, "-t", vip, method, port)?;
@@ -87,10 +91,8 @@ fn through_tunnels(hook: Hook, offload: bool) -> TestResult {
     let rvs = director(&lab, layout.director_interfaces(), hook)?;
     let (vip4, vip6) = (vip(&lab, false, 80)?, vip(&lab, true, 80)?);
     for server in ["rs1", "rs2"] {
-        let rvs = rvs_lab::director::program("rvs")?.display().to_string();
-        let (four, six) = (vip4.ip().to_string(), vip6.ip().to_string());
-        let up = [&rvs, "realserver", "up", "--mode", "tun", "--interface", "eth0", "--vip", &four, "--vip", &six];
-        let said = lab.node(server)?.run(&up)?;
+        let up = format!("up --mode tun --interface eth0 --vip {} --vip {}", vip4.ip(), vip6.ip());
+        let said = lab.node(server)?.realserver(&up)?;
         check(said.contains("ready for tunnels"), || said)?;
     }
     for kind in ["", "--tun-type gre", "--tun-type gre --tun-csum", "--tun-type gue --tun-port 6080 --tun-csum"] {

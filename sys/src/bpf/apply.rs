@@ -25,6 +25,8 @@ enum Undo {
 /// Word of `abi::Service` that publishes its list, and the one of its table.
 const LIST: usize = 0;
 const TABLE: usize = 1;
+/// ... and its local addresses, the last.
+const LOCALS: usize = size_of::<abi::Service>() / 8 - 1;
 /// Word of `abi::DestState` with its flags; bit 1: weight 0.
 const FLAGS: usize = 2;
 const QUIESCED: u64 = 2;
@@ -73,6 +75,14 @@ impl Maps {
                 undo.push(Undo::Service(*service, self.services.get(*service)?));
                 let word = u64::from(*first) | (places.len() as u64) << 32;
                 self.services.word(*service, TABLE)?.store(word, Ordering::Release);
+            }
+            MapOp::Locals { service, first, addresses } => {
+                for (i, address) in addresses.iter().enumerate() {
+                    self.locals.set(first + i as u32, *address)?;
+                }
+                undo.push(Undo::Service(*service, self.services.get(*service)?));
+                let word = u64::from(*first) | (addresses.len() as u64) << 32;
+                self.services.word(*service, LOCALS)?.store(word, Ordering::Release);
             }
             MapOp::Dest { index, value } => {
                 undo.push(Undo::Dest(*index, self.dests.get(*index)?));
@@ -230,7 +240,9 @@ impl Maps {
             let record = self.services.get(index)?;
             let (first, count) = (record.list as u32, (record.list >> 32) as u32);
             let list = (1..=count).map(|i| self.lists.get(first.wrapping_add(i))).collect::<Result<_>>()?;
-            dump.services.push(DumpedService { index, record, list });
+            let (first, count) = (record.locals as u32, (record.locals >> 32) as u32);
+            let locals = (0..count).map(|i| self.locals.get(first.wrapping_add(i))).collect::<Result<_>>()?;
+            dump.services.push(DumpedService { index, record, list, locals });
         }
         let mut hops = BTreeSet::new();
         for index in 1..self.dests.len() {

@@ -56,6 +56,10 @@ impl<F: Addressing + rvs_datapath::packet::Ip> ConnTable<F> {
     pub fn buckets(&self) -> u32 {
         self.mask + 1
     }
+    /// Places for entries.
+    pub fn slots(&self) -> u32 {
+        self.buckets() * F::WAYS as u32
+    }
     /// For the reads that follow.
     pub fn at(&mut self, config: &Config, clock: &Clock) {
         self.config = *config;
@@ -103,9 +107,6 @@ impl<F: Addressing> Buckets<F> for ConnTable<F> {
     }
     fn rank(&self, control: u64) -> Rank {
         conn::rank(&self.config.policy, control, self.now_s, |x| Buckets::<F>::sign(self, x))
-    }
-    fn movable(&self, control: u64) -> bool {
-        control & ct::LINKED == 0
     }
 }
 

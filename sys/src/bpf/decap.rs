@@ -17,103 +17,49 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rvs_control::realserver::Decap;
 
 use super::attach::{HANDLE, PRIORITY};
-use super::{BpfError, Result, failed, raw};
+use super::{BpfError, REALSERVER_OBJECT, Result, failed, raw};
 
-/// The program, as built.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("RVS_REALSERVER_OBJECT"));
 const PROGRAM: &str = "rvs_decap";
 const VIPS: &str = "VIPS";
 
-/// Where tunnels end on this host. The seam of `rvs_sys::realserver`: the kernel, or memory.
-pub trait Tunnels {
-    /// What is on an interface.
-    ///
-    /// # Errors
-    /// The kernel can't be asked.
-    fn get(&self, interface: &str) -> Result<Option<Decap>>;
-    /// Does a test packet for this address come out of its tunnel there?
-    ///
-    /// # Errors
-    /// The kernel can't be asked.
-    fn prove(&self, interface: &str, vip: IpAddr) -> Result<bool>;
-    /// Put the program there, in the place of an older one, or (`None`) take it away.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    fn set(&self, interface: &str, decap: Option<&Decap>) -> Result<()>;
+/// What is on an interface.
+pub(super) fn get(interface: &str) -> Result<Option<Decap>> {
+    attached(interface)?.map(|program| read(&program)).transpose()
 }
 
-/// Tunnels in memory.
-#[derive(Debug, Default)]
-pub struct FakeTunnels {
-    pub by_interface: std::sync::Mutex<std::collections::BTreeMap<String, Decap>>,
-    /// What every change comes to.
-    pub refuses: bool,
+/// Does a test packet for this address come out of its tunnel there?
+pub(super) fn prove(interface: &str, vip: IpAddr) -> Result<bool> {
+    let Some(program) = attached(interface)? else { return Ok(false) };
+    let fd = program.fd().map_err(failed(format!("program {PROGRAM}")))?;
+    let (wrapped, bare) = test_packet(vip);
+    let (code, out) = raw::test_run(fd.as_fd(), &wrapped).map_err(failed(format!("program {PROGRAM}, test packet")))?;
+    // Goes on as the inner packet.
+    Ok(code as i32 == TC_ACT_UNSPEC && out == bare)
 }
 
-impl Tunnels for FakeTunnels {
-    fn get(&self, interface: &str) -> Result<Option<Decap>> {
-        let all = self.by_interface.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        Ok(all.get(interface).cloned())
-    }
-    fn prove(&self, interface: &str, vip: IpAddr) -> Result<bool> {
-        Ok(self.get(interface)?.is_some_and(|d| d.vips.contains(&vip)))
-    }
-    fn set(&self, interface: &str, decap: Option<&Decap>) -> Result<()> {
-        if self.refuses {
-            return Err(BpfError::Refused(format!("the program for tunnels on {interface}: refused on purpose")));
-        }
-        let mut all = self.by_interface.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        match decap {
-            Some(decap) => drop(all.insert(interface.to_owned(), decap.clone())),
-            None => drop(all.remove(interface)),
-        }
-        Ok(())
-    }
-}
-
-/// The kernel's, in the network namespace of the calling thread.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct KernelTunnels;
-
-impl Tunnels for KernelTunnels {
-    fn get(&self, interface: &str) -> Result<Option<Decap>> {
-        attached(interface)?.map(|program| read(&program)).transpose()
-    }
-
-    fn prove(&self, interface: &str, vip: IpAddr) -> Result<bool> {
-        let Some(program) = attached(interface)? else { return Ok(false) };
-        let fd = program.fd().map_err(failed(format!("program {PROGRAM}")))?;
-        let (wrapped, bare) = test_packet(vip);
-        let (code, out) =
-            raw::test_run(fd.as_fd(), &wrapped).map_err(failed(format!("program {PROGRAM}, test packet")))?;
-        // Goes on as the inner packet.
-        Ok(code as i32 == TC_ACT_UNSPEC && out == bare)
-    }
-
-    fn set(&self, interface: &str, decap: Option<&Decap>) -> Result<()> {
-        let at = || format!("the program for tunnels on {interface}");
-        let there = || SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None);
-        let on = filter(interface).map_err(failed(at()))?.is_some();
-        let Some(decap) = decap else {
-            // Dropped, the link takes the filter away.
-            return if on { there().map(drop).map_err(failed(at())) } else { Ok(()) };
-        };
-        let mut ebpf = loaded(decap)?;
-        let program: &mut SchedClassifier = program(&mut ebpf)?;
-        let id = if on {
-            program.attach_to_link(there().map_err(failed(at()))?)
-        } else {
-            // It is there already, if another put it there; what counts is whether the filter goes in.
-            let _ = tc::qdisc_add_clsact(interface);
-            let options = TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None });
-            program.attach_with_options(interface, TcAttachType::Ingress, options)
-        };
-        let link = program.take_link(id.map_err(failed(at()))?).map_err(failed(at()))?;
-        // Dropped, it would take the filter away; it owns nothing else.
-        std::mem::forget(link);
-        Ok(())
-    }
+/// Put the program there, in the place of an older one, or (`None`) take it away.
+pub(super) fn set(interface: &str, decap: Option<&Decap>) -> Result<()> {
+    let at = || format!("the program for tunnels on {interface}");
+    let there = || SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None);
+    let on = filter(interface).map_err(failed(at()))?.is_some();
+    let Some(decap) = decap else {
+        // Dropped, the link takes the filter away.
+        return if on { there().map(drop).map_err(failed(at())) } else { Ok(()) };
+    };
+    let mut ebpf = loaded(decap)?;
+    let program: &mut SchedClassifier = program(&mut ebpf)?;
+    let id = if on {
+        program.attach_to_link(there().map_err(failed(at()))?)
+    } else {
+        // It is there already, if another put it there; what counts is whether the filter goes in.
+        let _ = tc::qdisc_add_clsact(interface);
+        let options = TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None });
+        program.attach_with_options(interface, TcAttachType::Ingress, options)
+    };
+    let link = program.take_link(id.map_err(failed(at()))?).map_err(failed(at()))?;
+    // Dropped, it would take the filter away; it owns nothing else.
+    std::mem::forget(link);
+    Ok(())
 }
 
 /// `TC_ACT_UNSPEC`: on to whoever comes next.
@@ -157,20 +103,16 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier> {
 fn loaded(decap: &Decap) -> Result<Ebpf> {
     let mut loader = EbpfLoader::new();
     loader.override_global("GUE_PORT", &decap.gue_port, true);
-    let mut ebpf = loader.load(OBJECT).map_err(failed("load the program for tunnels"))?;
+    let mut ebpf = loader.load(REALSERVER_OBJECT).map_err(failed("load the program for tunnels"))?;
     program(&mut ebpf)?.load().map_err(failed(format!("program {PROGRAM}")))?;
     let map = ebpf.map_mut(VIPS).ok_or_else(|| BpfError::Refused(format!("the object has no map {VIPS}")))?;
     let mut vips: HashMap<_, [u8; 16], u16> = HashMap::try_from(map).map_err(failed(format!("map {VIPS}")))?;
     for vip in &decap.vips {
         // The value is for who reads it back; the program has it as a constant.
-        vips.insert(octets(*vip), decap.gue_port, 0).map_err(failed(format!("map {VIPS}, insert")))?;
+        vips.insert(rvs_control::plan::bytes(*vip), decap.gue_port, 0)
+            .map_err(failed(format!("map {VIPS}, insert")))?;
     }
     Ok(ebpf)
-}
-
-/// As they lie in a packet.
-fn octets(address: IpAddr) -> [u8; 16] {
-    rvs_control::plan::bytes(address)
 }
 
 fn read(program: &ProgramInfo) -> Result<Decap> {
@@ -186,9 +128,7 @@ fn read(program: &ProgramInfo) -> Result<Decap> {
         for entry in vips.iter() {
             let (address, port) = entry.map_err(failed(format!("map {VIPS}, list")))?;
             decap.gue_port = port;
-            let v4 = address[4..].iter().all(|b| *b == 0);
-            let four = [address[0], address[1], address[2], address[3]];
-            decap.vips.insert(if v4 { IpAddr::from(four) } else { IpAddr::from(address) });
+            decap.vips.insert(super::address(address));
         }
     }
     Ok(decap)

@@ -3,8 +3,10 @@
 mod apply;
 pub mod attach;
 mod conns;
-pub mod decap;
+mod decap;
 mod flat;
+mod peers;
+pub mod programs;
 mod raw;
 
 pub use apply::combine;
@@ -24,6 +26,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The programs, as built.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("RVS_EBPF_OBJECT"));
 
+/// The real server's programs, as built.
+static REALSERVER_OBJECT: &[u8] = aya::include_bytes_aligned!(env!("RVS_REALSERVER_OBJECT"));
+
+/// An address as `abi` has it.
+fn address(bytes: [u8; 16]) -> std::net::IpAddr {
+    let v4 = bytes[4..].iter().all(|b| *b == 0);
+    if v4 { [bytes[0], bytes[1], bytes[2], bytes[3]].into() } else { bytes.into() }
+}
+
 /// A value of `abi`: integers and byte arrays without padding.
 ///
 /// # Safety
@@ -41,6 +52,7 @@ plain!(
     abi::ServiceState,
     abi::ListEntry,
     abi::Dest,
+    abi::Local,
     abi::Tunnel,
     abi::DestInfo,
     abi::DestState,
@@ -93,6 +105,9 @@ pub struct Sizes {
     /// Places of all hash schedulers' tables.
     pub tables: u32,
     pub hops: u32,
+    /// Room for what FULLNAT keeps of its flows, one row for each place of the tables. (Else it is made when it is first needed:
+    /// [`Dataplane::make_sides`].)
+    pub fullnat: bool,
 }
 
 impl Default for Sizes {
@@ -105,6 +120,7 @@ impl Default for Sizes {
             lists: 262_144,
             tables: 1 << 20,
             hops: 65536,
+            fullnat: false,
         }
     }
 }
@@ -226,6 +242,7 @@ pub struct Maps {
     pub dest_stats: PerCpu<CpuStats>,
     pub lists: Table<abi::ListEntry>,
     pub tables: Table<u32>,
+    pub locals: Table<abi::Local>,
     pub hops: Table<Hop>,
     pub reply_hops: Table<Hop>,
     pub verdicts: PerCpu<u64>,
@@ -239,7 +256,7 @@ pub struct Dataplane {
     ebpf: Ebpf,
     pub maps: Maps,
     /// Programs that are loaded later name the maps by these open files.
-    _flat: Flat,
+    flat: Flat,
     dir: PathBuf,
     /// Made by this call, and not adopted from pins.
     pub fresh: bool,
@@ -263,11 +280,51 @@ impl Dataplane {
         if fresh {
             flat.configure(dir)?;
         }
-        let mut dataplane = Dataplane { maps: Maps::open(dir, &flat)?, ebpf, _flat: flat, dir: dir.to_owned(), fresh };
+        let mut dataplane = Dataplane { maps: Maps::open(dir, &flat)?, ebpf, flat, dir: dir.to_owned(), fresh };
         for name in programs {
             dataplane.xdp(name)?.load().map_err(failed(format!("program {name}")))?;
         }
         Ok(dataplane)
+    }
+    /// Room for what FULLNAT keeps of its flows, if there is none yet: as long as no dest is by that method nobody looks at the single
+    /// row that is there. The programs are loaded anew, over the new maps, and put in the place of those that run.
+    ///
+    /// # Errors
+    /// No memory, or the kernel refuses; all is as before then, or some interfaces have the new programs already, and for all other flows
+    /// it is the same.
+    pub fn make_sides(&mut self, object: &[u8]) -> Result<bool> {
+        let sizes = Sizes { services: self.maps.services.len(), ..Sizes::default() };
+        let mut flat = self.flat.try_clone()?;
+        let mut made = Vec::new();
+        for (name, rows) in [(map::SIDE4, self.maps.conns4.slots()), (map::SIDE6, self.maps.conns6.slots())] {
+            let rows = rows.next_power_of_two();
+            if let Some((shape, fd)) = flat.0.iter_mut().find(|(s, _)| s.name == name && s.len < rows) {
+                shape.len = rows;
+                *fd = make(shape)?;
+                made.push(name);
+            }
+        }
+        if made.is_empty() {
+            return Ok(false);
+        }
+        let ebpf = load(object, &self.dir, &sizes, &[], &flat)?;
+        let mut next =
+            Dataplane { maps: Maps::open(&self.dir, &flat)?, ebpf, flat, dir: self.dir.clone(), fresh: false };
+        for name in ["rvs_start", "rvs_xdp", "rvs_pass"] {
+            next.xdp(name)?.load().map_err(failed(format!("program {name}")))?;
+        }
+        for name in made {
+            let (path, side) = (self.dir.join(name), self.dir.join(format!("{name}_new")));
+            let _ = std::fs::remove_file(&side);
+            raw::pin(next.flat.get(name)?.1, &side).map_err(failed(format!("pin {}", side.display())))?;
+            std::fs::rename(&side, &path).map_err(failed(format!("pin {}", path.display())))?;
+        }
+        next.start()?;
+        for a in attach::list(&self.dir)?.iter().filter(|a| a.ifindex != 0) {
+            next.attach(attach::Port { name: &a.name, ifindex: a.ifindex }, a.hook)?;
+        }
+        *self = next;
+        Ok(true)
     }
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -371,6 +428,9 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::per_cpu::<CpuStats>(map::DEST_STATS, dests),
         Shape::new::<abi::ListEntry>(map::LISTS, s.lists.next_power_of_two()),
         Shape::new::<u32>(map::TABLES, s.tables.next_power_of_two()),
+        Shape::new::<abi::Local>(map::LOCALS, abi::LOCALS_MAX),
+        side::<V4>(s.fullnat, s.flows4)?,
+        side::<V6>(s.fullnat, s.flows6)?,
         Shape::new::<Hop>(map::HOPS, s.hops.next_power_of_two()),
         Shape::new::<Hop>(map::REPLY_HOPS, abi::REPLY_HOPS_MAX),
         Shape::per_cpu::<u64>(map::VERDICTS, COUNTERS as u32),
@@ -378,6 +438,15 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH6, 1),
         Shape::new::<Config>(map::CONFIG, 1),
     ])
+}
+
+/// The rows beside a connection table: one, or as many as that has places.
+fn side<I: rvs_datapath::packet::Ip>(whole: bool, flows: u32) -> Result<Shape> {
+    let rows = if whole { Sizes::buckets::<I>(flows)? * I::WAYS as u32 } else { 1 }.next_power_of_two();
+    Ok(match I::FAMILY {
+        4 => Shape::new::<[u64; abi::SIDE4_WORDS]>(map::SIDE4, rows),
+        _ => Shape::new::<[u64; abi::SIDE6_WORDS]>(map::SIDE6, rows),
+    })
 }
 
 /// CPUs that there can be.
@@ -390,19 +459,28 @@ fn cpu_parts() -> Result<u32> {
     Ok(cpus()?.next_power_of_two())
 }
 
+/// A new map, not pinned.
+fn make(shape: &Shape) -> Result<OwnedFd> {
+    let (name, bytes) = (shape.name, shape.bytes()?);
+    let too_large = || BpfError::Refused(format!("map {name} would have {bytes} bytes: at most {}", u32::MAX / 2));
+    let bytes = u32::try_from(bytes).ok().filter(|b| *b <= u32::MAX / 2).ok_or_else(too_large)?;
+    raw::create_mappable(name, bytes).map_err(failed(format!("map {name} of {bytes} bytes")))
+}
+
 impl Flat {
+    fn try_clone(&self) -> Result<Flat> {
+        let clone =
+            |(shape, fd): &(Shape, OwnedFd)| Ok((*shape, fd.try_clone().map_err(failed("open file of a map"))?));
+        self.0.iter().map(clone).collect::<Result<_>>().map(Flat)
+    }
+
     /// New ones. All but CONFIG, which comes last, are pinned: its pin says that all are there.
     fn make(dir: &Path, sizes: &Sizes) -> Result<Flat> {
         let mut made = Vec::new();
         for shape in shapes(sizes)? {
-            let (name, bytes) = (shape.name, shape.bytes()?);
-            let too_large =
-                || BpfError::Refused(format!("map {name} would have {bytes} bytes: at most {}", u32::MAX / 2));
-            let bytes = u32::try_from(bytes).ok().filter(|b| *b <= u32::MAX / 2).ok_or_else(too_large)?;
-            let fd = raw::create_mappable(name, bytes).map_err(failed(format!("map {name} of {bytes} bytes")))?;
-            made.push((shape, fd));
+            made.push((shape, make(&shape)?));
             // Left behind by a start that was cut short.
-            let _ = std::fs::remove_file(dir.join(name));
+            let _ = std::fs::remove_file(dir.join(shape.name));
         }
         for name in LOOKED_UP {
             let _ = std::fs::remove_file(dir.join(name));
@@ -507,7 +585,7 @@ fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Fl
 /// The maps that are not flat.
 const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
 
-const ALL: [&str; 21] = [
+const ALL: [&str; 24] = [
     // The first: without its pin nobody takes the others for whole.
     map::CONFIG,
     map::CONN4,
@@ -530,6 +608,9 @@ const ALL: [&str; 21] = [
     map::VERDICTS,
     map::SCRATCH4,
     map::SCRATCH6,
+    map::LOCALS,
+    map::SIDE4,
+    map::SIDE6,
 ];
 
 impl Maps {
@@ -551,6 +632,7 @@ impl Maps {
             dest_stats: flat.per_cpu(map::DEST_STATS)?,
             lists: flat.table(map::LISTS)?,
             tables: flat.table(map::TABLES)?,
+            locals: flat.table(map::LOCALS)?,
             hops: flat.table(map::HOPS)?,
             reply_hops: flat.table(map::REPLY_HOPS)?,
             verdicts: flat.per_cpu(map::VERDICTS)?,

@@ -14,7 +14,14 @@ const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_DETACH: libc::c_int = 9;
+const BPF_PROG_QUERY: libc::c_int = 16;
+const BPF_F_ALLOW_MULTI: u32 = 1 << 1;
 /// Attach types.
+pub const BPF_CGROUP_SOCK_OPS: u32 = 3;
+pub const BPF_CGROUP_INET4_GETPEERNAME: u32 = 29;
+pub const BPF_CGROUP_INET6_GETPEERNAME: u32 = 30;
 pub const BPF_XDP: u32 = 37;
 pub const BPF_TCX_INGRESS: u32 = 46;
 pub const BPF_TCX_EGRESS: u32 = 47;
@@ -118,6 +125,79 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
 /// The link stays, without an interface.
 pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(BPF_LINK_DETACH, &(link.as_raw_fd() as u32)).map(|_| ())
+}
+
+/// `union bpf_attr` of BPF_PROG_ATTACH and BPF_PROG_DETACH.
+#[repr(C)]
+struct CgroupAttach {
+    cgroup: u32,
+    program: u32,
+    attach_type: u32,
+    flags: u32,
+    replaced: u32,
+}
+
+/// A program at a cgroup, beside others; it stays until it is taken away.
+pub fn cgroup_attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, attach_type: u32) -> io::Result<()> {
+    let (cgroup, program) = (cgroup.as_raw_fd() as u32, program.as_raw_fd() as u32);
+    let attr = CgroupAttach { cgroup, program, attach_type, flags: BPF_F_ALLOW_MULTI, replaced: 0 };
+    bpf(BPF_PROG_ATTACH, &attr).map(|_| ())
+}
+
+pub fn cgroup_detach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, attach_type: u32) -> io::Result<()> {
+    let (cgroup, program) = (cgroup.as_raw_fd() as u32, program.as_raw_fd() as u32);
+    bpf(BPF_PROG_DETACH, &CgroupAttach { cgroup, program, attach_type, flags: 0, replaced: 0 }).map(|_| ())
+}
+
+/// The kernel's numbers of the programs at a cgroup.
+pub fn cgroup_programs(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+    /// `union bpf_attr` of BPF_PROG_QUERY.
+    #[repr(C)]
+    struct Query {
+        cgroup: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        rest: [u32; 5],
+    }
+    // The kernel takes 64 at most.
+    let mut ids = vec![0u32; 64];
+    let mut attr = Query {
+        cgroup: cgroup.as_raw_fd() as u32,
+        attach_type,
+        query_flags: 0,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: ids.len() as u32,
+        rest: [0; 5],
+    };
+    // SAFETY: a valid attribute block of the size given, and a buffer of the size in it; the kernel writes to both.
+    let r = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut attr, size_of::<Query>()) };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    ids.truncate(attr.count as usize);
+    Ok(ids)
+}
+
+/// Number of this thread's network namespace that the kernel's programs see (`SO_NETNS_COOKIE`, Linux 5.14).
+pub fn netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let (mut cookie, mut length) = (0u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: an open socket, and a buffer of the length given.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
 /// Run a program once on a frame, wherever it is attached: its code, and what it made of the frame.

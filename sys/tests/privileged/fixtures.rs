@@ -25,7 +25,8 @@ pub const CASES: &[crate::Case] = &[
 ];
 
 /// Cases in which a next hop has no known neighbour: tc has the kernel resolve it.
-const RESOLVED: &[&str] = &["a_hop_that_is_not_ready", "a_reply_whose_client_has_no_known_neighbour"];
+const RESOLVED: &[&str] =
+    &["a_hop_that_is_not_ready", "a_reply_whose_client_has_no_known_neighbour", "fullnat_whose_way_is_not_known"];
 
 fn same_in_the_kernel_and_natively(hook: Hook, except: &[&str]) {
     let ns = director();
@@ -174,7 +175,8 @@ impl Kernel {
     }
 }
 
-const SIZES: Sizes = Sizes { flows4: 0, flows6: 0, services: 64, dests: 256, lists: 1024, tables: 16384, hops: 256 };
+const SIZES: Sizes =
+    Sizes { flows4: 0, flows6: 0, services: 64, dests: 256, lists: 1024, tables: 16384, hops: 256, fullnat: true };
 
 impl Engine for Kernel {
     fn reset(&mut self) {
@@ -217,6 +219,9 @@ impl Engine for Kernel {
         for (i, tunnel) in (0..).zip(&layout.tunnels) {
             maps.tunnels.set(i, *tunnel).expect("a tunnel");
         }
+        for (i, local) in (0..).zip(&layout.locals) {
+            maps.locals.set(i, *local).expect("a local address");
+        }
         for (i, entry) in (0..).zip(&layout.lists) {
             maps.lists.set(i, *entry).expect("a list entry");
         }
@@ -241,6 +246,9 @@ impl Engine for Kernel {
     }
     fn set_machines(&mut self, service: u32, state: ServiceState) {
         self.dataplane.maps.service_state.set(service, state).expect("machines");
+    }
+    fn set_lent(&mut self, dest: u32, lent: u64) {
+        self.dataplane.maps.dest_state.word(dest, 4).expect("a dest").store(lent, SeqCst);
     }
     fn machines(&mut self, service: u32) -> ServiceState {
         self.dataplane.maps.service_state.get(service).expect("machines")

@@ -48,7 +48,16 @@ impl Bpffs {
         Bpffs(folder)
     }
     fn open(&self) -> Dataplane {
-        let sizes = Sizes { flows4: 8192, flows6: 6144, services: 64, dests: 64, lists: 1024, tables: 1024, hops: 64 };
+        let sizes = Sizes {
+            flows4: 8192,
+            flows6: 6144,
+            services: 64,
+            dests: 64,
+            lists: 1024,
+            tables: 1024,
+            hops: 64,
+            fullnat: true,
+        };
         Dataplane::open(OBJECT, &self.0.join("pins"), &sizes).unwrap_or_else(|e| panic!("{}", chain(&e)))
     }
 }

@@ -1,0 +1,211 @@
+//! FULLNAT's part of a flow: its replies come to one of the director's own addresses, and nothing in them says whose they are. That is
+//! kept in a row beside the forward entry, found by its slot ([`Conns::side`]).
+//!
+//! ```text
+//! word 0   fingerprint:32 | port:16 | told:1 ... flags:16     written last: the row is valid for the flow of that fingerprint
+//! word 1   delta:32 | first:32       what is added to the client's sequence numbers; its first one + 1
+//! word 2   0:32 | server:32          the server's first sequence number + 1; 0: not known yet
+//! word 3.. the local address
+//! ```
+//! The reverse entry (real server -> local address) has both REVERSE and LINKED: it is not followed by the client's address, as
+//! that of NAT is, but by this row.
+
+use super::{Addressing, Conns, HitOf, Place, Reply, ReplyOf, dest, link_of, slot_of};
+use crate::ct::{self, Bucket, Buckets, Entry, Key, LINKED, REVERSE, Slot};
+
+/// Words of a row, and where the address lies in it.
+pub const ADDRESS: usize = 3;
+const WHO: usize = 0;
+const CLIENT: usize = 1;
+const SERVER: usize = 2;
+
+/// The server has heard from the client what it needs to know: nothing more is put into its packets.
+const TOLD: u64 = 1;
+const PORT_SHIFT: u32 = 16;
+
+/// What a row says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Side<A> {
+    pub address: A,
+    /// Word 0.
+    who: u64,
+    /// Added to the client's sequence numbers.
+    pub delta: u32,
+    /// The client's first sequence number + 1, as it counts; meaningless before its SYN went by.
+    pub first: u32,
+    /// The server's; 0: not seen yet.
+    pub server: u32,
+}
+
+impl<A: PartialEq> Side<A> {
+    #[inline(always)]
+    pub fn port(&self) -> u16 {
+        (self.who >> PORT_SHIFT) as u16
+    }
+    /// Does the server know all that it needs to?
+    #[inline(always)]
+    pub fn is_told(&self) -> bool {
+        self.who & TOLD != 0
+    }
+    /// Is this what a packet to that address and port means?
+    #[inline(always)]
+    pub fn is_lent(&self, address: &A, port: u16) -> bool {
+        self.address == *address && self.port() == port
+    }
+    /// Of the flow with this key, and not of one that had its place before?
+    #[inline(always)]
+    pub fn is_of<W: AsRef<[u64]> + Copy>(&self, key: &Key<W>) -> bool {
+        (self.who ^ fingerprint(key)) >> 32 == 0
+    }
+}
+
+/// Tells flows apart that have the same slot one after the other.
+#[inline(always)]
+fn fingerprint<W: AsRef<[u64]> + Copy>(key: &Key<W>) -> u64 {
+    let ports = (key.sport() as u64) << 16 | key.dport() as u64;
+    let mut mixed = ports | ct::proto(key.control) << 32;
+    let mut i = 0;
+    while i < key.words.as_ref().len() {
+        mixed = (mixed ^ key.words.as_ref()[i]).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed ^= mixed >> 32;
+        i += 1;
+    }
+    mixed >> 32 << 32
+}
+
+/// What the row of this slot says, whosever it is.
+#[inline(always)]
+fn row<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot) -> Option<Side<F::Addr>> {
+    let row = c.side(slot)?;
+    let (who, client, server) = (row.load(WHO), row.load(CLIENT), row.load(SERVER));
+    let mut address = F::NOWHERE;
+    let mut i = 0;
+    while i < address.as_ref().len() {
+        address.as_mut()[i] = row.load(ADDRESS + i);
+        i += 1;
+    }
+    let address = F::from_words(address);
+    Some(Side { address, who, delta: (client >> 32) as u32, first: client as u32, server: server as u32 })
+}
+
+/// The row of a flow, given the forward entry's slot and key; `None`: it is another's (the entry has been made this instant).
+#[inline(always)]
+pub fn side<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, key: &Key<F::Words>) -> Option<Side<F::Addr>> {
+    row(c, slot).filter(|side| side.is_of(key))
+}
+
+/// The flow whose forward entry is at `place` is lent this address and port: what [`super::link`] makes the entry for its replies of.
+#[inline(always)]
+pub fn lend<F: Addressing, C: Conns<F> + ?Sized>(
+    c: &C,
+    key: &Key<F::Words>,
+    place: Place,
+    (address, port): (F::Addr, u16),
+) {
+    let Some(row) = c.side(slot_of(place)) else { return };
+    row.store(WHO, 0);
+    row.store(CLIENT, 0);
+    row.store(SERVER, 0);
+    let words = F::to_words(address);
+    let mut i = 0;
+    while i < words.as_ref().len() {
+        row.store(ADDRESS + i, words.as_ref()[i]);
+        i += 1;
+    }
+    row.store(WHO, fingerprint(key) | u64::from(port) << PORT_SHIFT);
+}
+
+/// The client's SYN went by: its first sequence number + 1, and what is added to all of its sequence numbers from now on.
+#[inline(always)]
+pub fn begin<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, first: u32, delta: u32) {
+    if let Some(row) = c.side(slot) {
+        row.store(CLIENT, u64::from(delta) << 32 | u64::from(first));
+    }
+}
+
+/// The server's SYN went by: its first sequence number + 1.
+#[inline(always)]
+pub fn answered<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, server: u32) {
+    if let Some(row) = c.side(slot) {
+        // 0 would say that it is not known; with the number before it a client is told once less.
+        row.store(SERVER, u64::from(if server == 0 { u32::MAX } else { server }));
+    }
+}
+
+/// The server knows it all (unless the row has become another flow's).
+#[inline(always)]
+pub fn told<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &Side<F::Addr>) {
+    if let Some(row) = c.side(slot) {
+        let _ = row.cas(WHO, side.who, side.who | TOLD);
+    }
+}
+
+/// Key of the replies to a forward entry; `None`: its row is not there.
+#[inline(always)]
+pub fn reverse_key<F: Addressing, C: Conns<F> + ?Sized>(
+    c: &C,
+    forward: &Key<F::Words>,
+    control: u64,
+    slot: Slot,
+) -> Option<Key<F::Words>> {
+    let (server, port) = c.dest_address(dest(control))?;
+    let lent = side(c, slot, forward)?;
+    let port = if port == 0 { forward.dport() } else { port };
+    Some(Key::new(F::words(server, lent.address), port, lent.port(), ct::proto(control)))
+}
+
+/// A forward entry and its row.
+type Forward<'a, F, C> = (HitOf<'a, F, C>, Entry<<F as ct::Family>::Words>, Side<<F as Addressing>::Addr>);
+
+/// The forward entry in `slot`, if it seems to be that of `reply`'s flow: it may be a newer one, whose row is not written yet (see
+/// [`Side::is_of`]).
+#[inline(always)]
+pub fn glance<'a, F: Addressing, C: Conns<F> + ?Sized>(
+    c: &'a C,
+    reply: &Key<F::Words>,
+    slot: Slot,
+) -> Option<Forward<'a, F, C>> {
+    let (hit, entry) = ct::live_at::<F, _>(c.table(), slot)?;
+    if hit.control & (LINKED | REVERSE) != LINKED || !c.fullnat(dest(hit.control)) {
+        return None;
+    }
+    let (server, port) = c.dest_address(dest(hit.control))?;
+    let port = if port == 0 { ct::dport(hit.control) } else { port };
+    let side = row(c, slot)?;
+    let same = server == F::source(&reply.words)
+        && port == reply.sport()
+        && side.is_lent(&F::destination(&reply.words), reply.dport());
+    same.then_some((hit, entry, side))
+}
+
+/// The forward entry in `slot` and its key, if it (still) is that of `reply`'s flow.
+#[inline(always)]
+pub fn forward_of<'a, F: Addressing, C: Conns<F> + ?Sized>(
+    c: &'a C,
+    reply: &Key<F::Words>,
+    slot: Slot,
+) -> Option<super::Forward<'a, F, C>> {
+    let (hit, entry, side) = glance(c, reply, slot)?;
+    let key = entry.key::<F>(c.table().seed());
+    side.is_of(&key).then_some((hit, key))
+}
+
+/// From the reverse entry that a reply hit to its flow, and its client's port. `None`: it is gone, and so is now the reverse entry.
+#[inline(always)]
+pub fn follow<'a, F: Addressing, C: Conns<F> + ?Sized>(
+    c: &'a C,
+    reply: &Key<F::Words>,
+    reverse: &HitOf<'a, F, C>,
+) -> Option<(ReplyOf<'a, F, C>, u16)> {
+    let Some((forward, key)) = forward_of(c, reply, link_of(reverse.control)) else {
+        let _ = reverse.free::<F>();
+        return None;
+    };
+    let reply = Reply {
+        client: F::source(&key.words),
+        virtual_address: F::destination(&key.words),
+        virtual_port: key.dport(),
+        forward,
+    };
+    Some((reply, key.sport()))
+}

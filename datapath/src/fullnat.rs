@@ -1,0 +1,347 @@
+//! FULLNAT: the real server sees one of the director's own addresses, so that its replies come back here whatever its routes are.
+//!
+//! ```text
+//! client:port -> VIP:vport        becomes   local:port -> real server:rport
+//! real server:rport -> local:port becomes   VIP:vport  -> client:port
+//! ```
+//! One local address stands for many clients, so what a server knows about an earlier one must not be taken for this one's. The client's
+//! sequence numbers begin where RFC 6528 has a host of this address begin (a server in TIME_WAIT then takes the SYN), and its timestamps
+//! are blanked in the SYN.
+//!
+//! Who the client is, is told in a TCP option (254, "TOA": port, address) of the packets until the server has acknowledged something that
+//! came after its own SYN: the option may be lost with a packet, and a server looks at the segment that completes the handshake, or at
+//! the first with data, or both. Never in the SYN, where SYN cookies forget it. An option 254 of the client's own is blanked.
+
+use crate::abi::Dest;
+use crate::conn::{self, Conns, fullnat as lent};
+use crate::core::replied;
+use crate::csum::Delta;
+use crate::ct::{self, Buckets, Found, Key};
+use crate::options::{self, Edit, TOA};
+use crate::packet::{Flow, Ip, Packet, Window};
+use crate::proto::tcp;
+use crate::tables::{Of, Route, Tables, Walker};
+use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use crate::xmit::{self, Ends};
+
+/// Ports lent: those of the kernel's own range are among them, since the addresses are the director's for this alone.
+const PORTS: u32 = 65536 - FIRST_PORT;
+const FIRST_PORT: u32 = 1024;
+/// Local addresses and ports tried for a connection.
+const TRIES: u32 = 64;
+
+/// Looks for a free reply tuple.
+struct Search<I: Ip> {
+    server: I::Addr,
+    server_port: u16,
+    proto: u64,
+    /// First of the service's local addresses, how many, and where to begin.
+    first: u32,
+    count: u32,
+    start: u32,
+    found: Option<(I::Addr, u16)>,
+}
+
+impl<I: Of<T>, T: Tables> Walker<T> for Search<I> {
+    #[inline(always)]
+    fn step(&mut self, t: &T, i: u32) -> bool {
+        // Neighbours in time are far apart in ports: who comes next does not try the same ones.
+        let n = self.start.wrapping_add(i.wrapping_mul(0x3d4d_51cb));
+        let count = self.count.max(1);
+        let (which, port) = (n % count, FIRST_PORT + n / count % PORTS);
+        let Some(local) = t.local(self.first + which) else { return true };
+        let local = I::from_bytes(&local.address);
+        let reply = Key::new(I::words(self.server, local), self.server_port, port as u16, self.proto);
+        if let Found::None = ct::lookup::<I, _>(I::conns(t).table(), &reply) {
+            self.found = Some((local, port as u16));
+        }
+        self.found.is_some()
+    }
+}
+
+/// A local address and port for a connection whose forward entry has just been made.
+#[inline(always)]
+pub fn lend<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
+    let c = I::conns(t);
+    let Some(index) = conn::dest_at::<I, _>(c, &flow.key, place) else { return Verdict::go(Stage::Whole, 0) };
+    let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
+    let locals = t.service(d.service).map_or(0, |s| s.locals);
+    let count = (locals >> 32) as u32;
+    if count == 0 {
+        conn::give_up::<I, _>(c, &flow.key, place);
+        return drop(Reason::NoLocalAddress);
+    }
+    let mut search = Search::<I> {
+        server: I::from_bytes(&d.address),
+        server_port: if d.port == 0 { flow.key.dport() } else { d.port },
+        proto: flow.proto(),
+        first: locals as u32,
+        count,
+        start: (t.lending(index) as u32).wrapping_add(t.config().seed.0[0] as u32),
+        found: None,
+    };
+    t.walk(TRIES, &mut search);
+    let Some(local) = search.found else {
+        conn::give_up::<I, _>(c, &flow.key, place);
+        return drop(Reason::NoLocalPort);
+    };
+    lent::lend::<I, _>(c, &flow.key, place, local);
+    // (If another CPU enters one for that port meanwhile, the flow begins anew.)
+    Verdict::go(Stage::Link, place)
+}
+
+/// In the number of [`Stage::Fullnat`], beside the slot: [`introduce`] has been there, and found no room.
+const INTRODUCED: u32 = 1 << 31;
+const BARE: u32 = 1 << 30;
+const _: () = assert!(conn::SLOTS_MAX <= BARE);
+
+/// A client's packet, counted and its state seen to, of the connection whose forward entry is in the slot that the number says.
+#[inline(always)]
+pub fn request<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, number: u32) -> Verdict {
+    let slot = number & (BARE - 1);
+    let Some((d, side)) = flow_at(t, flow, slot) else { return drop(Reason::Entering) };
+    if flow.tcp && number & INTRODUCED == 0 && (flow.flags & tcp::SYN != 0 || !side.is_told()) {
+        t.keep(flow);
+        return Verdict::go(Stage::Introduce, slot);
+    }
+    let server = I::from_bytes(&d.address);
+    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
+    let route = match hop.ifindex {
+        0 => t.route::<I>([side.address, server], flow.protocol(), flow.len, &mut hop),
+        _ => Route::Hop,
+    };
+    let resolve = route == Route::NoNeighbour && t.resolves();
+    match route {
+        Route::Hop => {}
+        _ if resolve => {}
+        // (The kernel would not forward what seems to come from itself.)
+        Route::NoNeighbour => return drop(Reason::NoNeighbour),
+        _ => return drop(Reason::NoRoute),
+    }
+    let port = if d.port == 0 { flow.key.dport() } else { d.port };
+    let ends = Ends {
+        source: (side.address, side.port()),
+        destination: (server, port),
+        sequence: side.delta,
+        acknowledged: 0,
+    };
+    if !xmit::readdress::<I, P>(p, flow.tcp, &ends, true) {
+        return drop(Reason::Internal);
+    }
+    let reason = if number & BARE == 0 { Reason::Fullnat } else { Reason::FullnatBare };
+    if resolve { Verdict::resolve(hop.ifindex, reason) } else { xmit::send(p, &hop, reason) }
+}
+
+type Side<I> = lent::Side<<I as conn::Addressing>::Addr>;
+
+#[inline(always)]
+fn flow_at<'t, I: Of<T>, T: Tables>(t: &'t T, flow: &Flow<I>, slot: ct::Slot) -> Option<(&'t Dest, Side<I>)> {
+    let c = I::conns(t);
+    let index = conn::dest_at::<I, _>(c, &flow.key, slot)?;
+    Some((t.dest(index)?, lent::side::<I, _>(c, slot, &flow.key)?))
+}
+
+/// A client's TCP packet while the server may not know yet whose the connection is: what goes with it, and then on its way.
+#[inline(always)]
+pub fn introduce<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, slot: ct::Slot) -> Verdict {
+    let Some((d, side)) = flow_at(t, flow, slot) else { return drop(Reason::Entering) };
+    let Some((sequence, acknowledged, header)) = numbers::<I, P>(p) else { return drop(Reason::Internal) };
+    let syn = flow.flags & tcp::SYN != 0;
+    let edit = Edit { timestamps: syn, toa: true, mss_less: 0, sack: 0 };
+    let Some(mut changed) = options::edit::<I, P, T>(p, t, header, edit) else { return drop(Reason::Internal) };
+    let mut length = Delta::default();
+    let mut number = slot | INTRODUCED;
+    if syn {
+        let first = sequence.wrapping_add(1);
+        if side.first != first || side.delta == 0 {
+            let delta = initial(t, flow, d, &side).wrapping_sub(sequence);
+            lent::begin::<I, _>(I::conns(t), slot, first, delta);
+        }
+    } else if side.server != 0 && acknowledged == side.server && flow.flags & (tcp::ACK | tcp::RST) == tcp::ACK {
+        match tell::<I, P, T>(p, t, flow, d, header) {
+            Some((more, longer)) => (changed, length) = (changed.and(more), longer),
+            None => number |= BARE,
+        }
+    }
+    if !p.fix_transport(I::L4 + 16, false, length, changed) {
+        return drop(Reason::Internal);
+    }
+    t.keep(flow);
+    Verdict::go(Stage::Fullnat, number)
+}
+
+/// Sequence number, acknowledged number and header length of a TCP segment, whose options can be reached then.
+#[inline(always)]
+fn numbers<I: Ip, P: Packet>(p: &mut P) -> Option<(u32, u32, u32)> {
+    p.reach(I::L4 + 60);
+    let w = p.window(I::L4 + 20)?;
+    Some((u32::from_be(w.r32(I::L4 + 4)), u32::from_be(w.r32(I::L4 + 8)), u32::from(w.r8(I::L4 + 12) >> 4) * 4))
+}
+
+/// The sequence number that a host of the local address would begin with (RFC 6528).
+#[inline(always)]
+fn initial<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, d: &Dest, side: &Side<I>) -> u32 {
+    let port = if d.port == 0 { flow.key.dport() } else { d.port };
+    let key = Key::new(I::words(side.address, I::from_bytes(&d.address)), side.port(), port, conn::TCP);
+    let ports = u64::from(side.port()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let hash = I::hash(&key.words, key.control ^ ports, &t.config().seed);
+    ((hash >> 32) as u32 ^ hash as u32).wrapping_add(t.sequence_clock())
+}
+
+/// Length of the option.
+#[inline(always)]
+pub const fn told_length<I: Ip>() -> usize {
+    if I::FAMILY == 4 { 8 } else { 20 }
+}
+
+/// Put the option right behind the fixed part of the TCP header. The change of the segment's sum and of the pseudo-header's; `None`: there is
+/// no room.
+#[inline(always)]
+fn tell<I: Of<T>, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    flow: &Flow<I>,
+    d: &Dest,
+    header: u32,
+) -> Option<(Delta, Delta)> {
+    let n = told_length::<I>();
+    let room = if d.mtu == 0 { 1500 } else { u32::from(d.mtu) };
+    if header + n as u32 > 60 || flow.len + n as u32 > room || !t.sized() || !p.open_gap(I::L4 + 20, n) {
+        return None;
+    }
+    let mut w = p.window(I::L4 + 20 + n)?;
+    I::grow(&mut w, n as u16);
+    let mut delta = Delta::default();
+    let old = w.r16(I::L4 + 12);
+    // The data offset is the high half of the first byte, in words of four bytes.
+    let new = u16::from_be(old).wrapping_add((n as u16 / 4) << 12).to_be();
+    w.w16(I::L4 + 12, new);
+    delta = delta.replace16(old, new);
+    let at = I::L4 + 20;
+    let mut put = |w: &mut P::W<'_>, at: usize, v: u16| {
+        w.w16(at, v);
+        delta = delta.replace16(0, v);
+    };
+    put(&mut w, at, (u16::from(TOA) << 8 | n as u16).to_be());
+    put(&mut w, at + 2, flow.key.sport().to_be());
+    let client = I::bytes(flow.source());
+    let mut i = 0;
+    while i < n - 4 {
+        put(&mut w, at + 4 + i, u16::from_ne_bytes([client[i], client[i + 1]]));
+        i += 2;
+    }
+    let length = (flow.len as u16).wrapping_sub(I::HEADER as u16);
+    Some((delta, Delta::default().replace16(length.to_be(), length.wrapping_add(n as u16).to_be())))
+}
+
+/// In the number of [`Stage::FullnatReply`], beside the slot: the segment's options have been seen to.
+const EDITED: u32 = 1 << 31;
+/// In that of [`Stage::FullnatSend`], above the slot: the next hop's number.
+const HOP_SHIFT: u32 = 24;
+const _: () = assert!(conn::SLOTS_MAX == 1 << HOP_SHIFT);
+
+/// A real server's reply to a local address: the flow's state, and the way to its client.
+#[inline(always)]
+pub fn reply<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, number: u32) -> Verdict {
+    let c = I::conns(t);
+    let slot = number & (conn::SLOTS_MAX - 1);
+    let Some(reverse) = ct::glance::<I, _>(c.table(), slot, &flow.key) else { return pass(Reason::NoService) };
+    let Some((forward, entry, side)) = lent::glance::<I, _>(c, &flow.key, conn::link_of(reverse.control)) else {
+        let _ = reverse.free::<I>();
+        return pass(Reason::NoService);
+    };
+    // As ip_forward would have done before IPVS sees the reply.
+    if flow.ttl <= 1 {
+        return pass(Reason::ReplyTtl);
+    }
+    if flow.tcp {
+        let (answer, header) = {
+            let Some(w) = p.window(I::L4 + 20) else { return drop(Reason::Internal) };
+            (u32::from_be(w.r32(I::L4 + 8)), w.r8(I::L4 + 12) >> 4)
+        };
+        let syn = flow.flags & tcp::SYN != 0;
+        if (header > 5 || syn) && number & EDITED == 0 {
+            t.keep(flow);
+            return Verdict::go(Stage::ReplyOptions, slot);
+        }
+        let ack = flow.flags & tcp::ACK != 0;
+        if ack && !syn && !side.is_told() && answer != side.first.wrapping_add(side.delta) {
+            lent::told::<I, _>(c, entry.slot, &side);
+        }
+    }
+    let reply = conn::Reply {
+        client: I::source(&entry.words),
+        virtual_address: I::destination(&entry.words),
+        virtual_port: ct::dport(entry.control),
+        forward,
+    };
+    let control = replied(t, c, flow, &reply);
+    // The way to the client is looked up once a second for a busy flow, and then remembered by the reverse entry.
+    let same_second = (control ^ reply.forward.control) & !ct::STATE == 0;
+    let hop = if same_second { conn::hop(reverse.control) } else { 0 };
+    if hop != 0 {
+        conn::remember::<I, _, _>(c, &flow.key, &reverse, control, hop);
+    }
+    t.keep(flow);
+    Verdict::go(Stage::FullnatSend, entry.slot | u32::from(hop) << HOP_SHIFT)
+}
+
+/// A reply to its client, from the virtual address.
+#[inline(always)]
+pub fn send<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, number: u32) -> Verdict {
+    let c = I::conns(t);
+    let slot = number & (conn::SLOTS_MAX - 1);
+    let Some((_, entry, side)) = lent::glance::<I, _>(c, &flow.key, slot) else { return drop(Reason::Entering) };
+    let key = entry.key::<I>(c.table().seed());
+    if !side.is_of(&key) {
+        return drop(Reason::Entering);
+    }
+    let (client, virtual_address) = (I::source(&key.words), I::destination(&key.words));
+    let mut hop = t.reply_hop((number >> HOP_SHIFT) as u8).copied().unwrap_or_default();
+    let mut route = Route::Hop;
+    if hop.ifindex == 0 {
+        route = t.route::<I>([virtual_address, client], flow.protocol(), flow.len, &mut hop);
+        let keep = if route == Route::Hop { t.keep_reply_hop(&hop) } else { 0 };
+        if let Found::Live(reverse) = ct::lookup::<I, _>(c.table(), &flow.key) {
+            conn::remember::<I, _, _>(c, &flow.key, &reverse, entry.control, keep);
+        }
+    }
+    let resolve = route == Route::NoNeighbour && t.resolves();
+    let ends = Ends {
+        source: (virtual_address, key.dport()),
+        destination: (client, key.sport()),
+        sequence: 0,
+        acknowledged: if flow.flags & tcp::ACK != 0 { side.delta.wrapping_neg() } else { 0 },
+    };
+    if !xmit::readdress::<I, P>(p, flow.tcp, &ends, route == Route::Hop || resolve) {
+        return drop(Reason::Internal);
+    }
+    match route {
+        Route::Hop => xmit::send(p, &hop, Reason::FullnatReply),
+        _ if resolve => Verdict::resolve(hop.ifindex, Reason::FullnatReply),
+        _ => Verdict::new(Action::Up, Reason::ByKernel),
+    }
+}
+
+/// The options of a reply: room for the client's address in what the client is told to send at most, and selective acknowledgements as it
+/// counts.
+#[inline(always)]
+pub fn reply_options<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, slot: ct::Slot) -> Verdict {
+    let c = I::conns(t);
+    let Some(reverse) = ct::glance::<I, _>(c.table(), slot, &flow.key) else { return pass(Reason::NoService) };
+    let forward = conn::link_of(reverse.control);
+    let Some((_, _, side)) = lent::glance::<I, _>(c, &flow.key, forward) else { return pass(Reason::NoService) };
+    let Some((sequence, _, header)) = numbers::<I, P>(p) else { return drop(Reason::Internal) };
+    let syn = flow.flags & tcp::SYN != 0;
+    if flow.flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK {
+        lent::answered::<I, _>(c, forward, sequence.wrapping_add(1));
+    }
+    let mss_less = if syn { told_length::<I>() as u16 } else { 0 };
+    let edit = Edit { timestamps: false, toa: false, mss_less, sack: side.delta.wrapping_neg() };
+    let Some(changed) = options::edit::<I, P, T>(p, t, header, edit) else { return drop(Reason::Internal) };
+    if !p.fix_transport(I::L4 + 16, false, Delta::default(), changed) {
+        return drop(Reason::Internal);
+    }
+    t.keep(flow);
+    Verdict::go(Stage::FullnatReply, slot | EDITED)
+}
