@@ -8,15 +8,17 @@
 //!     virtual service of this host? -> first packet of a flow? -> scheduler -> enter -> forward -> out
 //! ```
 //! The connection comes first: an established flow never pays for a service lookup, and what a known flow's packets seldom need
-//! (other than a rewrite for a next hop that is ready) is left to a stage of its own. Each packet leaves through one [`Verdict`].
+//! (other than a rewrite for a next hop that is ready) is left to a stage of its own. So are packets with options or extension headers, which
+//! then take the same way. Each packet leaves through one [`Verdict`].
 
 use ::core::hint::cold_path;
 
 use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found, V4, V6};
+use crate::far::{Extras, Far};
 use crate::icmp::{Answer, Error};
-use crate::packet::{ETHERTYPE, Flow, Ip, L3, Packet, Window, parse};
+use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::tcp::{self, Way};
 use crate::related::{self, Related};
 use crate::sched;
@@ -27,7 +29,7 @@ use crate::xmit::{self, End};
 
 /// All of it, for callers that need no functions of their own for its stages.
 #[inline(always)]
-pub fn process<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
+pub fn process<P: Frame, T: Tables>(p: &mut P, t: &T) -> Verdict {
     match arrive(p, &t.iface(p.ifindex())) {
         Ok(4) => stages(|stage, number| run::<V4, P, T>(p, t, stage, number)),
         Ok(_) => stages(|stage, number| run::<V6, P, T>(p, t, stage, number)),
@@ -77,38 +79,66 @@ pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
 
 /// A stage.
 #[inline(always)]
-pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Stage, number: u32) -> Verdict {
+pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, stage: Stage, number: u32) -> Verdict {
     match stage {
-        Stage::Related => return related::<I, P, T>(p, t),
-        Stage::ErrorTunnel => return error_into_tunnel::<I, P, T>(p, t, number),
+        // The hot path: plain packets only.
+        Stage::Whole => {
+            return match parse::<I, P>(p) {
+                Ok(flow) => whole(p, t, &flow),
+                Err(verdict) => verdict,
+            };
+        }
+        Stage::Related | Stage::ErrorTunnel => {
+            return match I::find(p) {
+                Ok(place) => related::<I, _, T>(&mut Far::<I, P>::new(p, place.by), t, place.by, stage, number),
+                Err(verdict) => verdict,
+            };
+        }
         _ => {}
     }
     // What the packet says is kept when it may begin a flow.
     let kept = match stage {
-        Stage::Whole | Stage::Retire | Stage::Anew | Stage::TimeExceeded | Stage::Tunnel | Stage::TooBig => None,
+        Stage::Far | Stage::Retire | Stage::Anew | Stage::TimeExceeded | Stage::Tunnel | Stage::TooBig => None,
         _ => t.kept::<I>(),
     };
-    let flow = match kept.map_or_else(|| parse::<I, P>(p), Ok) {
-        Ok(flow) => flow,
-        Err(verdict) => return verdict,
-    };
-    match stage {
-        Stage::Whole => whole(p, t, &flow),
-        Stage::Retire => retire(t, &flow),
-        Stage::Linked => linked(p, t, &flow, number),
-        Stage::Forward | Stage::Anew => forward(p, t, &flow, number),
-        Stage::Tunnel => into_tunnel(p, t, &flow, number, Reason::Tunnel),
-        Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded, 0),
-        Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable, 0),
-        Stage::TooBig => error(p, t, &flow, Error::TooBig, number),
-        _ => open(t, &flow, stage, number),
+    if let Some(flow) = kept {
+        return follow::<I, _, T>(&mut Far::<I, P>::new(p, usize::from(flow.by)), t, &flow, stage, number);
+    }
+    match parse_far::<I, P>(p) {
+        Ok((mut far, flow)) => follow(&mut far, t, &flow, stage, number),
+        Err(verdict) => verdict,
     }
 }
 
-/// An ICMP packet: an error about a flow goes to its other end; all else is the kernel's business.
+/// A stage of a packet whose flow is known.
 #[inline(always)]
-fn related<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
-    let Some(error) = related::look::<I, P>(p) else { return pass(Reason::Icmp) };
+fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    flow: &Flow<I>,
+    stage: Stage,
+    number: u32,
+) -> Verdict {
+    match stage {
+        Stage::Far => whole(p, t, flow),
+        Stage::Retire => retire(t, flow),
+        Stage::Linked => linked(p, t, flow, number),
+        Stage::Forward | Stage::Anew => forward(p, t, flow, number),
+        Stage::Tunnel => into_tunnel(p, t, flow, number, Reason::Tunnel),
+        Stage::TimeExceeded => error(p, t, flow, Error::TimeExceeded, 0),
+        Stage::PortUnreachable => error(p, t, flow, Error::PortUnreachable, 0),
+        Stage::TooBig => error(p, t, flow, Error::TooBig, number),
+        _ => open(t, flow, stage, number),
+    }
+}
+
+/// An ICMP packet, with `by` bytes of extra headers: an error about a flow goes to its other end; all else is the kernel's business.
+#[inline(always)]
+fn related<I: Of<T> + Extras, P: Packet, T: Tables>(p: &mut P, t: &T, by: usize, stage: Stage, number: u32) -> Verdict {
+    let Some(error) = related::look::<I, P>(p, by) else { return pass(Reason::Icmp) };
+    if stage == Stage::ErrorTunnel {
+        return error_into_tunnel(p, t, &error, number);
+    }
     // Not for a router either: nobody is told of an error about an error.
     if error.ttl <= 1 {
         return pass(Reason::Icmp);
@@ -138,7 +168,7 @@ fn error_to_server<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Relate
     if masq {
         let address = I::from_bytes(&d.address);
         let port = if d.port == 0 { error.key.dport() } else { d.port };
-        if !related::translate::<I, P>(p, End::Destination, address, port, !local) {
+        if !related::translate::<I, P>(p, End::Destination, address, port, error.by, !local) {
             return drop(Reason::Internal);
         }
     }
@@ -163,9 +193,8 @@ fn error_to_server<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Relate
 
 /// Its outer headers have no checksum: there is none to make one of without reading it all.
 #[inline(always)]
-fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, index: u32) -> Verdict {
-    let Some(error) = related::look::<I, P>(p) else { return drop(Reason::Internal) };
-    let flow: Flow<I> = Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, len: error.len };
+fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
+    let flow: Flow<I> = Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, by: 0, len: error.len };
     into_tunnel(p, t, &flow, index, Reason::ErrorIn)
 }
 
@@ -181,7 +210,7 @@ fn error_to_client<I: Of<T>, P: Packet, T: Tables>(
     let mut hop = Hop::default();
     let route = t.route::<I>([reply.virtual_address, reply.client], I::ICMP, error.len, &mut hop);
     let ready = route == Route::Hop;
-    if !related::translate::<I, P>(p, End::Source, reply.virtual_address, reply.virtual_port, ready) {
+    if !related::translate::<I, P>(p, End::Source, reply.virtual_address, reply.virtual_port, error.by, ready) {
         return drop(Reason::Internal);
     }
     if ready { xmit::send(p, &hop, Reason::ErrorOut) } else { Verdict::new(Action::Up, Reason::ErrorOut) }
@@ -471,8 +500,8 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
         return drop(Reason::NoRoute);
     }
     let mut by = *by;
-    if !t.sized() || reason != Reason::Tunnel {
-        // Whoever cuts it into segments would not make an outer checksum of each.
+    if !t.sized() || reason != Reason::Tunnel || I::FAMILY == 6 && flow.by != 0 {
+        // Whoever cuts it into segments would not make an outer checksum of each; and nothing makes up for the sum of extension headers.
         by.flags = 0;
     }
     let overhead = tunnel::overhead::<O>(&by);
@@ -575,8 +604,9 @@ fn replied<I: Of<T>, T: Tables>(t: &T, c: &I::Conns, flow: &Flow<I>, reply: &con
 /// A packet that this host itself sends, on its way out (LOCAL_OUT): the reply of a real server that is this host gets its virtual
 /// address. It is routed already, so that only the source changes. `None`: not ours, and untouched.
 #[inline(always)]
-pub fn leave<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Option<Verdict> {
-    let flow = parse::<I, P>(p).ok()?;
+pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option<Verdict> {
+    let (mut far, flow) = parse_far::<I, P>(p).ok()?;
+    let p = &mut far;
     let c = I::conns(t);
     let Found::Live(reverse) = ct::lookup::<I, _>(c.table(), &flow.key) else { return None };
     if reverse.control & ct::REVERSE == 0 {
@@ -585,7 +615,7 @@ pub fn leave<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Option<Verdict
     let reply = conn::follow::<I, _>(c, &flow.key, &reverse)?;
     let control = replied(t, c, &flow, &reply);
     conn::remember::<I, _, _>(c, &flow.key, &reverse, control, conn::hop(reverse.control));
-    if !xmit::translate::<I, P>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, false) {
+    if !xmit::translate::<I, _>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, false) {
         return Some(drop(Reason::Internal));
     }
     Some(Verdict::new(Action::Up, Reason::MasqReply))

@@ -10,6 +10,7 @@ pub mod conn;
 pub mod core;
 pub mod csum;
 pub mod ct;
+pub mod far;
 pub mod icmp;
 #[cfg(any(test, feature = "mem"))]
 pub mod mem;

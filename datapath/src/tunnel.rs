@@ -77,7 +77,7 @@ fn look<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>) -> Option<Inner> {
         ttl: flow.ttl.wrapping_sub(1),
         fragment,
         id,
-        sum: I::whole_sum(&w, flow.protocol(), flow.len),
+        sum: I::whole_sum(&w, flow.protocol(), flow.len - u32::from(flow.by)),
         summed: checked,
         // The range of RFC 6335 for what nobody registers.
         entropy: 0xc000 | spread as u16,

@@ -49,6 +49,8 @@ pub enum Stage {
     Related = 14,
     /// An ICMP error into a tunnel to the dest that the number says.
     ErrorTunnel = 15,
+    /// A packet with IPv4 options or IPv6 extension headers: as [`Stage::Whole`].
+    Far = 18,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -96,7 +98,7 @@ impl Verdict {
         if self.0 & GO == 0 {
             return None;
         }
-        let stage = match self.0 & 0xf {
+        let stage = match self.0 & 0x1f {
             0 => Stage::Whole,
             1 => Stage::Retire,
             2 => Stage::First,
@@ -112,6 +114,7 @@ impl Verdict {
             12 => Stage::Tunnel,
             13 => Stage::TooBig,
             14 => Stage::Related,
+            18 => Stage::Far,
             _ => Stage::ErrorTunnel,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -192,7 +195,8 @@ reasons! {
     OtherInterface "other_interface" Pass "interface not in the configuration";
     OtherProtocol "other_protocol" Pass "neither TCP nor UDP";
     Icmp "icmp" Pass "ICMP: the kernel answers or forwards";
-    Options "ip_options" Pass "IP options or extension headers: left to the kernel";
+    Options "ip_options" Pass "more extension headers than are looked through: left to the kernel";
+    SourceRoute "source_route" Pass "a routing header says that this is not its last destination: left to the kernel";
     Fragment "fragment" Pass "a fragment: left to the kernel";
     ShortTransport "short_transport" Pass "TCP or UDP header cut short or too small: left to the kernel";
     NoService "no_service" Pass "no virtual service has this address and port";
@@ -201,6 +205,7 @@ reasons! {
     ReplyTtl "reply_ttl" Pass "a reply whose TTL is used up: the kernel answers the real server";
     Short "short" Drop "IP header cut short";
     Malformed "malformed" Drop "IP version, header length or total length are wrong";
+    Extensions "extension_headers" Drop "IPv6 extension headers that end behind the packet's end";
     Martian "martian_source" Drop "a source address that no client can have";
     TableFull "table_full" Drop "connection table full of flows that must not be evicted";
     ReverseInUse "reverse_in_use" Drop "every dest's reply tuple for this client and port is another flow's";

@@ -26,7 +26,7 @@ pub struct Scratch<F: Family> {
 #[derive(Clone, Copy)]
 struct Kept<W> {
     key: Key<W>,
-    /// `len:32 | 0:8 | tcp:8 | flags:8 | ttl:8`
+    /// `len:32 | by / 4:8 | tcp:8 | flags:8 | ttl:8`
     rest: u64,
 }
 
@@ -47,7 +47,8 @@ fn scratch<I: Ip>() -> *mut Scratch<I> {
 /// For the further stages of this packet.
 #[inline(always)]
 pub fn keep<I: Ip>(flow: &Flow<I>) {
-    let rest = (flow.len as u64) << 32 | (flow.tcp as u64) << 16 | (flow.flags as u64) << 8 | flow.ttl as u64;
+    let head = (flow.by as u64 / 4) << 24 | (flow.tcp as u64) << 16;
+    let rest = (flow.len as u64) << 32 | head | (flow.flags as u64) << 8 | flow.ttl as u64;
     // SAFETY: this CPU's own memory, see above.
     unsafe { (*scratch::<I>()).flow = Kept { key: flow.key, rest } };
 }
@@ -55,7 +56,14 @@ pub fn keep<I: Ip>(flow: &Flow<I>) {
 pub fn kept<I: Ip>() -> Flow<I> {
     // SAFETY: as above.
     let Kept { key, rest } = unsafe { (*scratch::<I>()).flow };
-    Flow { key, tcp: rest >> 16 & 1 != 0, flags: (rest >> 8) as u8, ttl: rest as u8, len: (rest >> 32) as u32 }
+    Flow {
+        key,
+        tcp: rest >> 16 & 1 != 0,
+        flags: (rest >> 8) as u8,
+        ttl: rest as u8,
+        by: (rest >> 24 & 0xff) as u16 * 4,
+        len: (rest >> 32) as u32,
+    }
 }
 
 /// Which entry is to be released.

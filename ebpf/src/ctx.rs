@@ -1,10 +1,12 @@
 //! Access to packet bytes.
 
+use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
 use aya_ebpf::programs::XdpContext;
 use rvs_datapath::csum::{self, Delta};
+use rvs_datapath::far::{self, Walk, Walked};
 use rvs_datapath::icmp::QUOTE_MAX;
-use rvs_datapath::packet::{Packet, Window};
+use rvs_datapath::packet::{Frame, Packet, Window};
 
 /// An XDP frame. The bounds are read once: checks that repeat cost nothing, and nothing that is written to the packet makes LLVM
 /// read them again. Whatever moves the packet reads them anew.
@@ -69,6 +71,35 @@ impl Window for Bytes {
     access!(r64, w64, u64);
 }
 
+/// The bytes from `by` (below 2048) after `at` on. In assembler: the verifier has to see the bound, and one pointer that is checked against
+/// the end and then used, where LLVM would add constants before the variable.
+#[inline(always)]
+pub fn beyond(mut at: usize, mut by: usize, len: usize, end: usize) -> Option<Bytes> {
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        core::arch::asm!("{1} &= 0x7ff", "{0} += {1}", inout(reg) at, inout(reg) by, options(pure, nomem, nostack))
+    };
+    let _ = by;
+    (at + len <= end).then_some(Bytes { at: at as *mut u8, len })
+}
+
+/// See [`Frame::blur`].
+#[inline(always)]
+pub fn blur(mut n: usize, noise: usize) -> usize {
+    // SAFETY: arithmetic on a register.
+    unsafe {
+        core::arch::asm!("{0} ^= {1}", "{0} ^= {1}", "{0} &= 0x1fc", inout(reg) n, in(reg) noise,
+            options(pure, nomem, nostack))
+    };
+    n
+}
+
+#[inline(always)]
+fn fix(w: &mut Bytes, at: usize, udp: bool, delta: Delta) {
+    let old = w.r16(at);
+    w.w16(at, if udp { csum::adjust_udp(old, delta) } else { csum::adjust(old, delta) });
+}
+
 /// Ones-complement sum of a packet's bytes from `from` on, at most `most` of them.
 #[inline(always)]
 pub fn sum(from: usize, end: usize, most: usize) -> u64 {
@@ -97,6 +128,23 @@ pub fn sum(from: usize, end: usize, most: usize) -> u64 {
     sum
 }
 
+impl Frame for Xdp<'_> {
+    #[inline(always)]
+    fn windows(&mut self, near: usize, by: usize, len: usize) -> Option<(Bytes, Bytes)> {
+        Some((self.window(near)?, self.beyond(by, len)?))
+    }
+    #[inline(always)]
+    fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        let Some(mut w) = self.beyond(by, at + 2) else { return false };
+        fix(&mut w, at, udp, addresses.and(ports));
+        true
+    }
+    #[inline(always)]
+    fn blur(n: usize, noise: usize) -> usize {
+        blur(n, noise)
+    }
+}
+
 impl Packet for Xdp<'_> {
     type W<'b>
         = Bytes
@@ -105,6 +153,14 @@ impl Packet for Xdp<'_> {
     #[inline(always)]
     fn window(&mut self, len: usize) -> Option<Bytes> {
         (self.at + len <= self.end).then_some(Bytes { at: self.at as *mut u8, len })
+    }
+    #[inline(always)]
+    fn beyond(&mut self, by: usize, len: usize) -> Option<Bytes> {
+        beyond(self.at, by, len, self.end)
+    }
+    #[inline(always)]
+    fn walk(&mut self, walk: Walk) -> Walked {
+        Walked::from_word(xdp_walk(self.ctx.ctx, walk.at as u32, walk.first as u32, walk.len as u32))
     }
     #[inline(always)]
     fn frame_len(&self) -> u32 {
@@ -117,9 +173,7 @@ impl Packet for Xdp<'_> {
     #[inline(always)]
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
         let Some(mut w) = self.window(at + 2) else { return false };
-        let delta = addresses.and(ports);
-        let old = w.r16(at);
-        w.w16(at, if udp { csum::adjust_udp(old, delta) } else { csum::adjust(old, delta) });
+        fix(&mut w, at, udp, addresses.and(ports));
         true
     }
     #[inline(always)]
@@ -144,4 +198,11 @@ impl Packet for Xdp<'_> {
         self.reread();
         done
     }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn xdp_walk(ctx: *mut xdp_md, at: u32, first: u32, len: u32) -> u64 {
+    let ctx = XdpContext::new(ctx);
+    far::walk(&mut Xdp::by(&ctx, 0), Walk { at: at as usize, first: first as u8, len: len as usize }).word()
 }

@@ -13,9 +13,10 @@ use aya_ebpf::helpers::{
 };
 use rvs_datapath::csum::Delta;
 use rvs_datapath::ct::V6;
-use rvs_datapath::packet::{IP_GRE, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
+use rvs_datapath::far::{self, Extras, MOST, Walk, Walked};
+use rvs_datapath::packet::{Frame, IP_GRE, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 
-use crate::ctx::{Bytes, sum};
+use crate::ctx::{Bytes, beyond, blur, sum};
 
 /// Headers that the pipeline may look at: IPv6 and TCP.
 pub const HEADERS: u32 = (V6::L4 + 20) as u32;
@@ -46,35 +47,43 @@ impl Skb {
     /// Have the headers where they can be reached: what a device or a socket left in fragments.
     #[inline(always)]
     pub fn pull(&mut self) {
-        if self.at + HEADERS as usize > self.end {
+        self.pull_to(HEADERS as usize);
+    }
+    /// ... also behind extra ones, and those of a packet that an ICMP error quotes.
+    #[inline(always)]
+    pub fn pull_far(&mut self) {
+        self.pull_to(2 * (V6::L4 + MOST) + 8);
+    }
+    #[inline(always)]
+    fn pull_to(&mut self, most: usize) {
+        if self.at + most > self.end {
             // SAFETY: the context of this program. If it fails the packet is too short.
-            unsafe { bpf_skb_pull_data(self.skb, (*self.skb).len.min(HEADERS)) };
+            unsafe { bpf_skb_pull_data(self.skb, (*self.skb).len.min(most as u32)) };
             self.reread();
         }
     }
     /// Find out whether the transport checksum is unfinished, for [`Packet::sum_from`]: such a field takes no notice of a change of
     /// what is not in the pseudo-header.
     #[inline(always)]
-    pub fn look_at_checksum<I: Ip>(&mut self) {
-        let protocol_at = if I::FAMILY == 4 { L3 + 9 } else { L3 + 6 };
-        let Some(w) = self.window(I::L4) else { return };
-        match w.r8(protocol_at) {
-            IP_TCP => self.look_at::<I>(I::L4 + 16),
-            IP_UDP => self.look_at::<I>(I::L4 + 6),
+    pub fn look_at_checksum<I: Extras>(&mut self) {
+        let Ok(place) = I::find(self) else { return };
+        match place.protocol {
+            IP_TCP => self.look_at::<I>(I::L4 + 16, place.by),
+            IP_UDP => self.look_at::<I>(I::L4 + 6, place.by),
             _ => {}
         }
     }
     #[inline(always)]
-    fn look_at<I: Ip>(&mut self, at: usize) {
-        let Some(w) = self.window(at + 2) else { return };
+    fn look_at<I: Ip>(&mut self, at: usize, by: usize) {
+        let Some(w) = self.beyond(by, at + 2) else { return };
         let old = w.r16(at);
         // SAFETY: the context of this program.
-        unsafe { bpf_l4_csum_replace(self.skb, at as u32, 0, 1, 0) };
+        unsafe { bpf_l4_csum_replace(self.skb, (at + by) as u32, 0, 1, 0) };
         self.reread();
-        let Some(mut w) = self.window(at + 2) else { return };
+        let Some(mut w) = self.beyond(by, at + 2) else { return };
         if w.r16(at) == old {
             self.unfinished = 1 << 16 | old as u32;
-            self.header = I::HEADER;
+            self.header = I::HEADER + by;
         }
         w.w16(at, old);
     }
@@ -88,6 +97,19 @@ impl Skb {
         // SAFETY: the context of this program.
         unsafe { bpf_l4_csum_replace(self.skb, at as u32, 0, delta as u64, flags as u64) == 0 }
     }
+    #[inline(always)]
+    fn fix(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        let udp = if udp { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let (addresses, ports) = (addresses.fold(), ports.fold());
+        let done = self.change(at + by, addresses, BPF_F_PSEUDO_HDR | udp) && self.change(at + by, ports, udp);
+        // For a sum over the packet the kernel takes the addresses for made up for by the IP header's checksum, which IPv6 has not
+        // (BPF_F_IPV6 of Linux 6.16).
+        if at >= V6::L4 {
+            self.tell_sum(addresses as u32);
+        }
+        self.reread();
+        done
+    }
     /// Tell the kernel's sum over the packet of a change that no checksum in the packet makes up for.
     #[inline(always)]
     pub fn tell_sum(&mut self, delta: u32) {
@@ -96,11 +118,30 @@ impl Skb {
     }
 }
 
+impl Frame for Skb {
+    #[inline(always)]
+    fn windows(&mut self, near: usize, by: usize, len: usize) -> Option<(Bytes, Bytes)> {
+        Some((self.window(near)?, self.beyond(by, len)?))
+    }
+    #[inline(always)]
+    fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        self.fix(at, by, udp, addresses, ports)
+    }
+    #[inline(always)]
+    fn blur(n: usize, noise: usize) -> usize {
+        blur(n, noise)
+    }
+}
+
 impl Packet for Skb {
     type W<'b> = Bytes;
     #[inline(always)]
     fn window(&mut self, len: usize) -> Option<Bytes> {
         (self.at + len <= self.end).then_some(Bytes { at: self.at as *mut u8, len })
+    }
+    #[inline(always)]
+    fn beyond(&mut self, by: usize, len: usize) -> Option<Bytes> {
+        beyond(self.at, by, len, self.end)
     }
     #[inline(always)]
     fn frame_len(&self) -> u32 {
@@ -113,17 +154,12 @@ impl Packet for Skb {
         unsafe { (*self.skb).ifindex }
     }
     #[inline(always)]
+    fn walk(&mut self, walk: Walk) -> Walked {
+        Walked::from_word(tc_walk(self.skb, walk.at as u32, walk.first as u32, walk.len as u32))
+    }
+    #[inline(always)]
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
-        let udp = if udp { BPF_F_MARK_MANGLED_0 } else { 0 };
-        let (addresses, ports) = (addresses.fold(), ports.fold());
-        let done = self.change(at, addresses, BPF_F_PSEUDO_HDR | udp) && self.change(at, ports, udp);
-        // For a sum over the packet the kernel takes the addresses for made up for by the IP header's checksum, which IPv6 has not
-        // (BPF_F_IPV6 of Linux 6.16).
-        if at >= V6::L4 {
-            self.tell_sum(addresses as u32);
-        }
-        self.reread();
-        done
+        self.fix(at, 0, udp, addresses, ports)
     }
     /// Of a packet that [`Self::look_at_checksum`] has seen. An unfinished checksum will be finished on the way out, over what is
     /// left of the packet then: from there on it sums up to the complement of what the field holds now.
@@ -178,4 +214,10 @@ impl Packet for Skb {
         self.reread();
         done
     }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn tc_walk(skb: *mut __sk_buff, at: u32, first: u32, len: u32) -> u64 {
+    far::walk(&mut Skb::new(skb), Walk { at: at as usize, first: first as u8, len: len as usize }).word()
 }
