@@ -35,6 +35,8 @@ pub mod map {
     pub const TIMER: &str = "TIMER";
     /// [`super::Iface`] by ifindex modulo the size, see there.
     pub const IFACES: &str = "IFACES";
+    /// [`super::Vlan`] at one of the places that [`super::vlan_place`] begins.
+    pub const VLANS: &str = "VLANS";
     /// [`super::ServiceKey`] -> index in [`SERVICES`] (low half), its generation (high half).
     pub const SERVICE_KEYS: &str = "SERVICE_KEYS";
     /// [`super::Service`] by index.
@@ -119,14 +121,40 @@ pub struct Iface {
     /// Bits [`iface`].
     pub flags: u16,
     pub mtu: u16,
+    /// A VLAN device: the interface below (0: it is none), and the tag that it puts on, as in [`Vlan`].
+    pub lower: u32,
+    pub tag: u32,
 }
 impl Iface {
     pub fn new(ifindex: u32, [a, b, c, d, e, f]: [u8; 6], flags: u16, mtu: u32) -> Iface {
         let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
-        Iface { mac: u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), ifindex, flags, mtu }
+        Iface { mac: u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), ifindex, flags, mtu, lower: 0, tag: 0 }
     }
 }
 pub const IFACES_MAX: u32 = 1024;
+
+/// A VLAN device with a program, for frames that have its tag still.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Vlan {
+    /// 0: none here.
+    pub ifindex: u32,
+    /// The interface below, itself a VLAN device perhaps.
+    pub lower: u32,
+    /// Ethertype of the tag (high half) and VLAN identifier (low half), host order.
+    pub tag: u32,
+    pub spare: u32,
+}
+/// Four times [`IFACES_MAX`]: places are found by hash.
+pub const VLANS_MAX: u32 = 4096;
+/// Places that a VLAN device may have, from the first one on.
+pub const VLAN_PROBES: u32 = 8;
+
+/// The first place where it is looked for.
+#[inline(always)]
+pub fn vlan_place(lower: u32, tag: u32) -> u32 {
+    (lower.rotate_left(16) ^ tag).wrapping_mul(0x9e37_79b1) >> 20
+}
 
 /// Bits of [`Iface::flags`].
 pub mod iface {
@@ -319,8 +347,13 @@ pub struct CpuStats {
 pub struct Hop {
     /// Destination and source MAC, as they lie in the frame.
     pub macs: [u32; 3],
-    /// 0: no hop.
+    /// 0: no hop. With [`hop::VLAN`]: by that VLAN device, which XDP has to leave out.
     pub ifindex: u32,
+}
+/// Bits of [`Hop::ifindex`].
+pub mod hop {
+    /// The interface is a VLAN device. (The kernel counts interfaces from 1 up, and gives nobody so high a number.)
+    pub const VLAN: u32 = 1 << 30;
 }
 pub const REPLY_HOPS_MAX: u32 = 256;
 /// Room for the programs' own structures.
@@ -330,7 +363,8 @@ pub const SCRATCH_WORDS: usize = 64;
 const _: () = {
     assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 8 + 16);
     assert!(size_of::<Clock>() == 24 + 256);
-    assert!(size_of::<Iface>() == 16);
+    assert!(size_of::<Iface>() == 24);
+    assert!(size_of::<Vlan>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 32 + 20 + 4 + 16 + 8 + 40 + 8);
     assert!(size_of::<ServiceState>() == 16);

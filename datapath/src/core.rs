@@ -13,7 +13,7 @@
 
 use ::core::hint::cold_path;
 
-use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, service};
+use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found, V4, V6};
 use crate::far::{Extras, Far};
@@ -25,15 +25,52 @@ use crate::sched;
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
 use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use crate::vlan::{self, Tags};
 use crate::xmit::{self, End};
 
 /// All of it, for callers that need no functions of their own for its stages.
 #[inline(always)]
 pub fn process<P: Frame, T: Tables>(p: &mut P, t: &T) -> Verdict {
-    match arrive(p, &t.iface(p.ifindex())) {
+    let (lower, mut tags) = (p.ifindex(), None);
+    let mut family = arrive(p, &t.iface(lower));
+    if is_tagged(family) {
+        tags = vlan::untag(p, t);
+        family = if tags.is_some() { arrive_untagged(p, &t.iface(p.ifindex())) } else { Err(pass(Reason::NotIp)) };
+    }
+    let verdict = match family {
         Ok(4) => stages(|stage, number| run::<V4, P, T>(p, t, stage, number)),
         Ok(_) => stages(|stage, number| run::<V6, P, T>(p, t, stage, number)),
         Err(verdict) => verdict,
+    };
+    p.came_by(lower);
+    if vlan::concerns(verdict, tags) { retag(p, t, verdict, tags) } else { verdict }
+}
+
+/// The same of a frame whose tags, if there are more, are nobody's.
+#[inline(always)]
+pub fn arrive_untagged<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
+    let family = arrive(p, iface);
+    if is_tagged(family) { Err(pass(Reason::NotIp)) } else { family }
+}
+
+/// Does the frame have a VLAN tag? (Then that is all that [`arrive`] said of it.)
+#[inline(always)]
+pub fn is_tagged(family: Result<u8, Verdict>) -> bool {
+    family == Err(Verdict::TAGGED)
+}
+
+/// A packet whose verdict [`vlan::concerns`], as it leaves.
+#[inline(always)]
+pub fn retag<P: Frame, T: Tables>(p: &mut P, t: &T, verdict: Verdict, tags: Option<Tags>) -> Verdict {
+    let reason = verdict.reason();
+    match (verdict.action(), tags) {
+        (Action::Up, Some(tags)) if vlan::tag_again(p, tags).is_some() => verdict,
+        (Action::Out(ifindex), _) => match vlan::tag(p, t, ifindex & !hop::VLAN) {
+            Some(lower) if lower == p.ifindex() => Verdict::new(Action::Back, reason),
+            Some(lower) => Verdict::new(Action::Out(lower), reason),
+            None => drop(Reason::NoRoute),
+        },
+        _ => drop(Reason::Internal),
     }
 }
 
@@ -73,6 +110,7 @@ pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
     match w.r16(ETHERTYPE) {
         IPV4 => Ok(4),
         IPV6 => Ok(6),
+        tag if vlan::is_tag(tag) => Err(Verdict::TAGGED),
         _ => Err(pass(Reason::NotIp)),
     }
 }
@@ -636,5 +674,8 @@ fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
     if !I::answer(p, error, mtu, flow.key.sport()) {
         return drop(limited);
     }
-    Verdict::new(Action::Back, sent)
+    // By the VLAN device that it came in by, with its tag.
+    let iface = t.iface(p.ifindex());
+    let tagged = iface.ifindex == p.ifindex() && iface.lower != 0;
+    Verdict::new(if tagged { Action::Out(iface.ifindex | hop::VLAN) } else { Action::Back }, sent)
 }

@@ -21,4 +21,5 @@ pub mod sched;
 pub mod tables;
 pub mod tunnel;
 pub mod verdict;
+pub mod vlan;
 pub mod xmit;

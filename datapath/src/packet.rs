@@ -50,6 +50,10 @@ pub trait Packet {
 pub trait Frame: Packet {
     /// The first `near` bytes, and [`Packet::beyond`].
     fn windows(&mut self, near: usize, by: usize, len: usize) -> Option<(Self::W<'_>, Self::W<'_>)>;
+    /// Take `n` bytes off in front.
+    fn shrink_head(&mut self, n: usize) -> bool;
+    /// It counts as come in by this interface from now on.
+    fn came_by(&mut self, ifindex: u32);
     /// [`Packet::fix_transport`] behind `by` bytes of extra headers.
     fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool;
     /// `n`, a multiple of four below 512, so that BPF's verifier knows only that. `noise` is any number that it does not know.

@@ -1,6 +1,6 @@
 //! What the pipeline reads and writes beside the packet: the maps of `abi`, as a trait. BPF maps in the kernel, plain memory in tests.
 
-use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Service, ServiceKey, Tunnel};
+use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Service, ServiceKey, Tunnel, Vlan};
 use crate::conn::Conns;
 use crate::ct::{V4, V6};
 use crate::packet::{Flow, Ip};
@@ -32,6 +32,8 @@ pub trait Tables {
     fn config(&self) -> &Config;
     /// What lies in the place of this interface: its own, if the number says so.
     fn iface(&self, ifindex: u32) -> Iface;
+    /// What lies at this place.
+    fn vlan(&self, place: u32) -> Vlan;
     fn service_index(&self, key: &ServiceKey) -> Option<u32>;
     fn service(&self, index: u32) -> Option<&Service>;
     fn dest(&self, index: u32) -> Option<&Dest>;

@@ -1,5 +1,7 @@
 //! The one way out: what happens to a packet, and why. Each reason has a counter; all counters together are the packets seen.
 
+use crate::abi::hop;
+
 /// What the entry point does with the packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
@@ -54,7 +56,7 @@ pub enum Stage {
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
-/// sign says, `1:1 | 0:15 | number:32 | 0:8 | stage:8`.
+/// sign says, `1:1 | 0:15 | number:32 | 0:8 | stage:8` ([`Verdict::TAGGED`] has bit 15).
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Verdict(u64);
@@ -67,6 +69,8 @@ const GO: u64 = 1 << 63;
 const RESOLVE: u64 = 1 << 16;
 
 impl Verdict {
+    /// None yet: the frame has VLAN tags, and what it came in by is to be found out first.
+    pub const TAGGED: Verdict = Verdict(GO | 1 << 15);
     #[inline(always)]
     pub fn new(action: Action, reason: Reason) -> Verdict {
         let action = match action {
@@ -128,6 +132,11 @@ impl Verdict {
             _ => Action::Drop,
         }
     }
+    /// Out of a VLAN device ([`hop::VLAN`]), of a packet that goes no further?
+    #[inline(always)]
+    pub fn is_by_vlan(self) -> bool {
+        self.0 >> 62 != 0
+    }
     /// Number of its reason's counter.
     #[inline(always)]
     pub fn counter(self) -> u32 {
@@ -145,6 +154,8 @@ impl Verdict {
         Verdict(word)
     }
 }
+
+const _: () = assert!(hop::VLAN == 1 << 30);
 
 impl core::fmt::Debug for Verdict {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
@@ -211,7 +222,7 @@ reasons! {
     ReverseInUse "reverse_in_use" Drop "every dest's reply tuple for this client and port is another flow's";
     DestGone "dest_gone" Drop "the connection's real server was removed";
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
-    NoRoute "no_route" Drop "no route to the real server";
+    NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";
     TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second";
     NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
     TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, which is not done here: raise the MTU towards the real servers";

@@ -17,6 +17,8 @@ pub struct Scratch<F: Family> {
     cost: Cost<F::Words>,
     release: Entry<F::Words>,
     flow: Kept<F::Words>,
+    /// The VLAN device that a frame came in by, whose tags are off; else 0.
+    vlan: u64,
     /// The only one that outlives a packet.
     patience: Patience,
 }
@@ -64,6 +66,18 @@ pub fn kept<I: Ip>() -> Flow<I> {
         by: (rest >> 24 & 0xff) as u16 * 4,
         len: (rest >> 32) as u32,
     }
+}
+
+/// The VLAN device that this frame counts as come in by; 0 is none, and is set again when its tags are on, or it has left.
+#[inline(always)]
+pub fn set_vlan(ifindex: u32) {
+    // SAFETY: as above.
+    unsafe { (*scratch::<V4>()).vlan = ifindex as u64 };
+}
+#[inline(always)]
+pub fn vlan() -> u32 {
+    // SAFETY: as above.
+    unsafe { (*scratch::<V4>()).vlan as u32 }
 }
 
 /// Which entry is to be released.

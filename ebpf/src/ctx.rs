@@ -134,6 +134,17 @@ impl Frame for Xdp<'_> {
         Some((self.window(near)?, self.beyond(by, len)?))
     }
     #[inline(always)]
+    fn shrink_head(&mut self, n: usize) -> bool {
+        // SAFETY: the context of this program.
+        let done = unsafe { bpf_xdp_adjust_head(self.ctx.ctx, n as i32) } == 0;
+        self.reread();
+        done
+    }
+    #[inline(always)]
+    fn came_by(&mut self, ifindex: u32) {
+        self.ifindex = ifindex;
+    }
+    #[inline(always)]
     fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
         let Some(mut w) = self.beyond(by, at + 2) else { return false };
         fix(&mut w, at, udp, addresses.and(ports));

@@ -10,7 +10,7 @@ use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use rvs_datapath::abi::{
     Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState,
-    Tunnel,
+    Tunnel, Vlan, hop,
 };
 use rvs_datapath::ct::{Family, V4, V6};
 use rvs_datapath::packet::{Flow, Ip};
@@ -28,6 +28,7 @@ flat! {
     ConfigMap("CONFIG"): Config;
     ClockMap("CLOCK"): Clock;
     Ifaces("IFACES"): Iface;
+    Vlans("VLANS"): Vlan;
     Services("SERVICES"): Service;
     ServiceStates("SERVICE_STATE"): ServiceState;
     Dests("DESTS"): Dest;
@@ -141,6 +142,11 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     #[inline(always)]
     fn iface(&self, ifindex: u32) -> Iface {
         *iface(ifindex)
+    }
+    #[inline(always)]
+    fn vlan(&self, place: u32) -> Vlan {
+        // SAFETY: a valid value.
+        unsafe { *Vlans::at(place) }
     }
     #[inline(always)]
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
@@ -259,7 +265,13 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         let tell = if SKB { TELL } else { 0 };
         let about = tell | (I::FAMILY as u32) << 24 | (protocol as u32) << 16 | len;
         match route(self.ctx, self.ifindex, &ends, about, hop) {
-            FIB_SUCCESS => Route::Hop,
+            FIB_SUCCESS => {
+                let way = iface(hop.ifindex);
+                if !SKB && way.ifindex == hop.ifindex && way.lower != 0 {
+                    hop.ifindex |= hop::VLAN;
+                }
+                Route::Hop
+            }
             FIB_NO_NEIGH => Route::NoNeighbour,
             refused if FIB_REFUSED.contains(&refused) => Route::None,
             _ => Route::Kernel,

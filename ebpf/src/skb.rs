@@ -123,6 +123,13 @@ impl Frame for Skb {
     fn windows(&mut self, near: usize, by: usize, len: usize) -> Option<(Bytes, Bytes)> {
         Some((self.window(near)?, self.beyond(by, len)?))
     }
+    // The kernel has done these.
+    #[inline(always)]
+    fn shrink_head(&mut self, _: usize) -> bool {
+        false
+    }
+    #[inline(always)]
+    fn came_by(&mut self, _: u32) {}
     #[inline(always)]
     fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
         self.fix(at, by, udp, addresses, ports)

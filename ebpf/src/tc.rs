@@ -2,6 +2,7 @@
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
+use rvs_datapath::abi::hop;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::{ETHERTYPE, L3, Packet, Window};
@@ -30,7 +31,8 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
     };
     maps::count_verdict(verdict);
     match verdict.action() {
-        Action::Out(ifindex) => out(&mut packet, skb, verdict, ifindex),
+        // A VLAN device takes it as it is.
+        Action::Out(ifindex) => out(&mut packet, skb, verdict, ifindex & !hop::VLAN),
         // SAFETY: a field of the context.
         Action::Back => out(&mut packet, skb, verdict, unsafe { (*skb).ifindex }),
         Action::Up => NEXT,
@@ -93,7 +95,7 @@ fn tables(skb: *mut __sk_buff) -> Maps<true> {
 #[inline(always)]
 fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
     let iface = maps::iface(packet.ifindex());
-    match core::arrive(packet, iface) {
+    match core::arrive_untagged(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 make_way4 give_up4],
                 [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_far4])

@@ -55,6 +55,14 @@ impl Frame for MemPacket {
         let all = Cell::from_mut(self.bytes.as_mut_slice()).as_slice_of_cells();
         Some((MemWindow(all.get(..near)?), MemWindow(all.get(by..by + len)?)))
     }
+    fn shrink_head(&mut self, n: usize) -> bool {
+        let there = n <= self.bytes.len();
+        self.bytes.drain(..n.min(self.bytes.len()));
+        there
+    }
+    fn came_by(&mut self, ifindex: u32) {
+        self.ifindex = ifindex;
+    }
     fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
         self.fix_transport(at + by, udp, addresses, ports)
     }

@@ -3,7 +3,7 @@
 use super::{MemConns, MemPacket};
 use crate::abi::{
     self, Config, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState, Stats,
-    Tunnel,
+    Tunnel, Vlan,
 };
 use crate::conn::{self, Policy, Timeouts};
 use crate::ct::{self, MIN_BUCKETS, Seed, V4, V6};
@@ -64,6 +64,8 @@ pub struct MemTables {
     conns6: MemConns<V6>,
     config: Config,
     pub ifaces: BTreeMap<u32, Iface>,
+    /// By place.
+    pub vlans: BTreeMap<u32, Vlan>,
     pub service_keys: BTreeMap<ServiceKey, u32>,
     pub services: Vec<Service>,
     pub lists: Vec<ListEntry>,
@@ -105,6 +107,7 @@ impl MemTables {
             conns6: MemConns::new(sizes.buckets6, seed, sizes.dests),
             config,
             ifaces: BTreeMap::new(),
+            vlans: BTreeMap::new(),
             service_keys: BTreeMap::new(),
             services: filled(sizes.services),
             lists: filled(sizes.lists),
@@ -234,6 +237,9 @@ impl Tables for MemTables {
     }
     fn iface(&self, ifindex: u32) -> Iface {
         self.ifaces.get(&ifindex).copied().unwrap_or_default()
+    }
+    fn vlan(&self, place: u32) -> Vlan {
+        self.vlans.get(&place).copied().unwrap_or_default()
     }
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
         self.service_keys.get(key).copied()

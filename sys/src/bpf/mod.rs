@@ -42,6 +42,7 @@ plain!(
     abi::ListEntry,
     abi::Dest,
     abi::Tunnel,
+    abi::Vlan,
     abi::DestInfo,
     abi::DestState,
     abi::Stats
@@ -216,6 +217,7 @@ pub struct Maps {
     pub config: Table<Config>,
     pub clock: Table<Clock>,
     pub ifaces: Table<Iface>,
+    pub vlans: Table<abi::Vlan>,
     pub keys: Keys,
     pub services: Table<abi::Service>,
     pub service_state: Table<abi::ServiceState>,
@@ -362,6 +364,7 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::new::<[u64; V6::WORDS]>(map::CONN6, Sizes::buckets::<V6>(s.flows6)?),
         Shape::new::<Clock>(map::CLOCK, 1),
         Shape::new::<Iface>(map::IFACES, abi::IFACES_MAX),
+        Shape::new::<abi::Vlan>(map::VLANS, abi::VLANS_MAX),
         Shape::new::<abi::Service>(map::SERVICES, services),
         Shape::new::<abi::ServiceState>(map::SERVICE_STATE, services),
         Shape::new::<abi::Dest>(map::DESTS, dests),
@@ -541,6 +544,7 @@ impl Maps {
         Ok(Maps {
             clock: flat.table(map::CLOCK)?,
             ifaces: flat.table(map::IFACES)?,
+            vlans: flat.table(map::VLANS)?,
             keys: Keys(keys),
             services: flat.table(map::SERVICES)?,
             service_state: flat.table(map::SERVICE_STATE)?,
