@@ -61,6 +61,8 @@ pub mod map {
     pub const HOPS: &str = "HOPS";
     /// [`super::Hop`]s that the data plane found for replies; 0 is none.
     pub const REPLY_HOPS: &str = "REPLY_HOPS";
+    /// [`super::fragment`]: words of notes about datagrams that come in fragments.
+    pub const FRAGMENTS: &str = "FRAGMENTS";
     /// [`super::SCRATCH_WORDS`] for each CPU: what programs hand from function to function.
     pub const SCRATCH4: &str = "SCRATCH4";
     pub const SCRATCH6: &str = "SCRATCH6";
@@ -356,6 +358,18 @@ pub mod hop {
     pub const VLAN: u32 = 1 << 30;
 }
 pub const REPLY_HOPS_MAX: u32 = 256;
+/// Datagrams in fragments at a time: 256 KiB of notes.
+pub const FRAGMENTS_MAX: u32 = 4096;
+/// Words of a note: see [`crate::frag`].
+pub mod fragment {
+    pub const WORDS: usize = 8;
+    pub const CONTROL: u32 = 0;
+    /// Four words.
+    pub const ADDRESSES: u32 = 1;
+    pub const REST: u32 = 5;
+    /// The virtual address of replies, two words.
+    pub const ADDRESS: u32 = 6;
+}
 /// Room for the programs' own structures.
 pub const SCRATCH_WORDS: usize = 64;
 

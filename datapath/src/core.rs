@@ -17,6 +17,7 @@ use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found, V4, V6};
 use crate::far::{Extras, Far};
+use crate::frag::{self, Note, Part};
 use crate::icmp::{Answer, Error};
 use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::tcp::{self, Way};
@@ -136,7 +137,14 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
     }
     // What the packet says is kept when it may begin a flow.
     let kept = match stage {
-        Stage::Far | Stage::Retire | Stage::Anew | Stage::TimeExceeded | Stage::Tunnel | Stage::TooBig => None,
+        Stage::Far
+        | Stage::Fragment
+        | Stage::Note
+        | Stage::Retire
+        | Stage::Anew
+        | Stage::TimeExceeded
+        | Stage::Tunnel
+        | Stage::TooBig => None,
         _ => t.kept::<I>(),
     };
     if let Some(flow) = kept {
@@ -158,7 +166,11 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
     number: u32,
 ) -> Verdict {
     match stage {
+        Stage::Far if flow.part.is_later() => Verdict::go(Stage::Fragment, 0),
+        Stage::Far if flow.part.is_first() && number == 0 => Verdict::go(Stage::Note, 0),
         Stage::Far => whole(p, t, flow),
+        Stage::Note => first_fragment(t, flow),
+        Stage::Fragment => later(p, t, flow),
         Stage::Retire => retire(t, flow),
         Stage::Linked => linked(p, t, flow, number),
         Stage::Forward | Stage::Anew => forward(p, t, flow, number),
@@ -232,7 +244,8 @@ fn error_to_server<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Relate
 /// Its outer headers have no checksum: there is none to make one of without reading it all.
 #[inline(always)]
 fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
-    let flow: Flow<I> = Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, by: 0, len: error.len };
+    let flow: Flow<I> =
+        Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, by: 0, part: Part::WHOLE, len: error.len };
     into_tunnel(p, t, &flow, index, Reason::ErrorIn)
 }
 
@@ -429,7 +442,8 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
             return Verdict::go(Stage::Link, done.slot());
         }
         t.count_connection(dest);
-        return Verdict::go(Stage::Forward, dest);
+        // A first fragment goes as one of a known flow now, and leaves a note.
+        return if flow.part.is_first() { Verdict::go(Stage::Far, 0) } else { Verdict::go(Stage::Forward, dest) };
     }
     // Another CPU was faster, or all is full.
     if done.is_there() { Verdict::go(Stage::Whole, 0) } else { drop(Reason::TableFull) }
@@ -452,7 +466,7 @@ fn link<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdic
 fn linked<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
     let Some(dest) = conn::dest_at::<I, _>(I::conns(t), &flow.key, place) else { return Verdict::go(Stage::Whole, 0) };
     t.count_connection(dest);
-    forward(p, t, flow, dest)
+    if flow.part.is_first() { Verdict::go(Stage::Far, 0) } else { forward(p, t, flow, dest) }
 }
 
 #[inline(always)]
@@ -478,7 +492,7 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
         return deliver(p, flow, d, masq);
     }
     if flow.ttl <= 1 {
-        return Verdict::go(Stage::TimeExceeded, 0);
+        return if flow.part.is_later() { drop(Reason::TtlLimited) } else { Verdict::go(Stage::TimeExceeded, 0) };
     }
     if flags & dest::METHOD == dest::TUNNEL {
         return Verdict::go(Stage::Tunnel, index);
@@ -493,7 +507,7 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
     if masq {
         let (address, port) = server(flow, d);
         let ready = route == Route::Hop || resolve;
-        if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, ready) {
+        if !xmit::translate_any::<I, P>(p, flow, End::Destination, address, port, ready) {
             return drop(Reason::Internal);
         }
     }
@@ -518,6 +532,68 @@ fn forward<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index:
     }
 }
 
+/// Of which datagram this fragment is.
+#[inline(always)]
+fn datagram<I: Ip>(flow: &Flow<I>) -> frag::Key {
+    frag::Key::new(I::slice(&flow.key.words), flow.part.id(), I::FAMILY, flow.protocol())
+}
+
+/// A first fragment: where it goes, those after it will. (Of no connection yet it comes here once more when that is made.)
+#[inline(always)]
+fn first_fragment<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    let c = I::conns(t);
+    let noted = match ct::lookup::<I, _>(c.table(), &flow.key) {
+        Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &flow.key, &hit) {
+            Some(reply) => note(t, flow, conn::dest(reply.forward.control), Some(reply.virtual_address)),
+            None => true,
+        },
+        // What is over begins anew, perhaps with another dest.
+        Found::Live(hit) => starts_anew(c, flow, hit.control) || note(t, flow, conn::dest(hit.control), None),
+        _ => true,
+    };
+    if noted { Verdict::go(Stage::Far, 1) } else { drop(Reason::FragmentConflict) }
+}
+
+/// A first fragment leaves word for those after it. False: they could not be told from another datagram's.
+#[inline(always)]
+fn note<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32, reply_from: Option<I::Addr>) -> bool {
+    let end = (flow.len - u32::from(flow.by) - I::HEADER as u32) / 8;
+    let note = Note { dest, reply: reply_from.is_some(), virtual_address: I::pair(reply_from), end: end as u16 };
+    t.leave_note(&datagram(flow), &note)
+}
+
+/// A fragment that is not the first one: after that.
+#[inline(always)]
+fn later<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+    match t.find_note(&datagram(flow)) {
+        frag::Found::None => pass(Reason::Fragment),
+        frag::Found::Conflict => drop(Reason::FragmentConflict),
+        frag::Found::Note(note) if flow.part.at() < note.end => drop(Reason::FragmentOverlap),
+        frag::Found::Note(note) if note.reply => later_reply(p, t, flow, &note),
+        frag::Found::Note(note) => forward(p, t, flow, note.dest),
+    }
+}
+
+/// ... of a real server's reply (NAT).
+#[inline(always)]
+fn later_reply<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, note: &Note) -> Verdict {
+    if flow.ttl <= 1 {
+        return pass(Reason::ReplyTtl);
+    }
+    t.count_out(note.dest, flow.len);
+    let (from, mut hop) = (I::from_pair(note.virtual_address), Hop::default());
+    let route = t.route::<I>([from, flow.destination()], flow.protocol(), flow.len, &mut hop);
+    let resolve = route == Route::NoNeighbour && t.resolves();
+    if !xmit::translate_any::<I, P>(p, flow, End::Source, from, 0, route == Route::Hop || resolve) {
+        return drop(Reason::Internal);
+    }
+    match route {
+        Route::Hop => xmit::send(p, &hop, Reason::MasqReply),
+        _ if resolve => Verdict::resolve(hop.ifindex, Reason::MasqReply),
+        _ => Verdict::new(Action::Up, Reason::ByKernel),
+    }
+}
+
 /// In a tunnel to the dest, of whichever family.
 #[inline(always)]
 fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32, reason: Reason) -> Verdict {
@@ -538,8 +614,9 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
         return drop(Reason::NoRoute);
     }
     let mut by = *by;
-    if !t.sized() || reason != Reason::Tunnel || I::FAMILY == 6 && flow.by != 0 {
-        // Whoever cuts it into segments would not make an outer checksum of each; and nothing makes up for the sum of extension headers.
+    if !t.sized() || reason != Reason::Tunnel || I::FAMILY == 6 && flow.by != 0 || !flow.part.is_whole() {
+        // Whoever cuts it into segments would not make an outer checksum of each; and nothing makes up for the sum of extension headers, or of
+        // a part of a datagram.
         by.flags = 0;
     }
     let overhead = tunnel::overhead::<O>(&by);
@@ -577,7 +654,7 @@ fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) ->
         if I::martian(address) {
             return drop(Reason::LoopbackDest);
         }
-        if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, false) {
+        if !xmit::translate_any::<I, P>(p, flow, End::Destination, address, port, false) {
             return drop(Reason::Internal);
         }
     }
@@ -646,11 +723,24 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     let (mut far, flow) = parse_far::<I, P>(p).ok()?;
     let p = &mut far;
     let c = I::conns(t);
+    if flow.part.is_later() {
+        let frag::Found::Note(note) = t.find_note(&datagram(&flow)) else { return None };
+        if !note.reply || flow.part.at() < note.end {
+            return None;
+        }
+        t.count_out(note.dest, flow.len);
+        let from = I::from_pair(note.virtual_address);
+        let done = xmit::translate_any::<I, _>(p, &flow, End::Source, from, 0, false);
+        return Some(if done { Verdict::new(Action::Up, Reason::MasqReply) } else { drop(Reason::Internal) });
+    }
     let Found::Live(reverse) = ct::lookup::<I, _>(c.table(), &flow.key) else { return None };
     if reverse.control & ct::REVERSE == 0 {
         return None;
     }
     let reply = conn::follow::<I, _>(c, &flow.key, &reverse)?;
+    if flow.part.is_first() && !note(t, &flow, conn::dest(reply.forward.control), Some(reply.virtual_address)) {
+        return Some(drop(Reason::FragmentConflict));
+    }
     let control = replied(t, c, &flow, &reply);
     conn::remember::<I, _, _>(c, &flow.key, &reverse, control, conn::hop(reverse.control));
     if !xmit::translate::<I, _>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, false) {

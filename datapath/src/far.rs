@@ -3,6 +3,7 @@
 
 use crate::csum::Delta;
 use crate::ct::{V4, V6};
+use crate::frag::Part;
 use crate::packet::{Frame, Ip, L3, Packet, Window};
 use crate::verdict::{Reason, Verdict, drop, pass};
 use core::marker::PhantomData;
@@ -14,6 +15,7 @@ const HEADERS: usize = 8;
 
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
 const MOBILITY: u8 = 135;
@@ -29,6 +31,8 @@ pub struct Place {
     pub by: usize,
     /// Length of the IP packet.
     pub len: u32,
+    /// Which part of its datagram it is.
+    pub part: Part,
 }
 
 /// Is this the number of an extension header that another header follows? (Fragments are looked for elsewhere; mobility headers are the
@@ -105,6 +109,13 @@ pub fn walk<P: Frame>(p: &mut P, w: Walk) -> Walked {
     if is_extension(protocol) { Walked::TOO_MANY } else { Walked((protocol as u64) << 16 | by as u64) }
 }
 
+/// Which part of its datagram a fragment is that brings `len` bytes. Only the last one may end anywhere, and none behind 64 KiB.
+#[inline(always)]
+fn part(id: u32, at: u16, more: bool, len: usize) -> Result<Part, Verdict> {
+    let wrong = more && !len.is_multiple_of(8) || at as usize * 8 + len > 0xffff;
+    if wrong && (more || at != 0) { Err(drop(Reason::Malformed)) } else { Ok(Part::new(id, at, more)) }
+}
+
 /// Headers that may lie between the IP header and the transport header.
 pub trait Extras: Ip {
     /// Header sanity of any packet, and where its transport header is.
@@ -124,10 +135,11 @@ impl Extras for V4 {
         if version_ihl >> 4 != 4 || ihl < V4::HEADER || (len as usize) < ihl || len > frame_len - L3 as u32 {
             return Err(drop(Reason::Malformed));
         }
-        if w.r16(L3 + 6) & 0x3fffu16.to_be() != 0 {
-            return Err(pass(Reason::Fragment));
-        }
-        Ok(Place { protocol: w.r8(L3 + 9), by: ihl - V4::HEADER, len })
+        let fragment = u16::from_be(w.r16(L3 + 6));
+        let (at, more) = (fragment & 0x1fff, fragment & 0x2000 != 0);
+        let id = if at != 0 || more { u16::from_be(w.r16(L3 + 4)) } else { 0 };
+        let part = part(u32::from(id), at, more, len as usize - ihl)?;
+        Ok(Place { protocol: w.r8(L3 + 9), by: ihl - V4::HEADER, len, part })
     }
     #[inline(always)]
     fn find_quoted<P: Packet>(p: &mut P, within: usize) -> Option<(u8, usize)> {
@@ -152,10 +164,31 @@ impl Extras for V6 {
         }
         let walk = Walk { at: V6::L4, first, len: len as usize - V6::HEADER };
         let (protocol, by) = p.walk(walk).end()?;
-        if protocol == 44 {
-            return Err(pass(Reason::Fragment));
+        if protocol != FRAGMENT {
+            return Ok(Place { protocol, by, len, part: Part::WHOLE });
         }
-        Ok(Place { protocol, by, len })
+        let room = len as usize - V6::HEADER;
+        let (next, word, id) = {
+            let w = if by + 8 > room { None } else { p.beyond(by, V6::L4 + 8) };
+            let Some(w) = w else { return Err(drop(Reason::Extensions)) };
+            (w.r8(V6::L4), u16::from_be(w.r16(V6::L4 + 2)), u32::from_be(w.r32(V6::L4 + 4)))
+        };
+        let by = by + 8;
+        let part = part(if word & !6 == 0 { 0 } else { id }, word >> 3, word & 1 != 0, room - by)?;
+        if !part.is_whole() {
+            // Headers that belong to the datagram are in its first fragment alone.
+            return if is_extension(next) {
+                Err(pass(Reason::Options))
+            } else {
+                Ok(Place { protocol: next, by, len, part })
+            };
+        }
+        // A datagram in one fragment (RFC 6946).
+        let (protocol, more) = p.walk(Walk { at: V6::L4 + by, first: next, len: room - by }).end()?;
+        if by + more > MOST || protocol == FRAGMENT {
+            return Err(pass(Reason::Options));
+        }
+        Ok(Place { protocol, by: by + more, len, part })
     }
     #[inline(always)]
     fn find_quoted<P: Packet>(p: &mut P, within: usize) -> Option<(u8, usize)> {
@@ -255,6 +288,10 @@ impl<I: Ip, P: Frame> Packet for Far<'_, I, P> {
     #[inline(always)]
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
         self.p.fix_far(at, self.by.unwrap_or(0), udp, addresses, ports)
+    }
+    #[inline(always)]
+    fn changed_address<F: Ip>(&mut self, delta: Delta) {
+        self.p.changed_address::<F>(delta);
     }
     #[inline(always)]
     fn sum_from(&self, from: usize, most: usize) -> u64 {

@@ -11,6 +11,7 @@ pub mod core;
 pub mod csum;
 pub mod ct;
 pub mod far;
+pub mod frag;
 pub mod icmp;
 #[cfg(any(test, feature = "mem"))]
 pub mod mem;

@@ -6,7 +6,8 @@ use ::core::hint::cold_path;
 use crate::conn::{self, Addressing};
 use crate::csum::Delta;
 use crate::ct::{Key, V4, V6};
-use crate::far::{Extras, Far, Walk, Walked};
+use crate::far::{Extras, Far, Place, Walk, Walked};
+use crate::frag::Part;
 use crate::verdict::{Reason, Stage, Verdict, drop, pass};
 
 /// A packet in memory, at its Ethernet header.
@@ -28,6 +29,9 @@ pub trait Packet {
     /// The checksum of a TCP, UDP or ICMP header at `at`, after a change of the pseudo-header (`addresses`) and of the transport header (`ports`).
     /// A method, since the kernel keeps unfinished checksums that only it can change. False: the packet is too short.
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool;
+    /// An address has changed that no transport checksum in this packet makes up for. A method, since the kernel may have summed it up.
+    #[inline(always)]
+    fn changed_address<I: Ip>(&mut self, _delta: Delta) {}
     /// Ones-complement sum of the bytes from `from` on, at most `most` of them (bounded by [`crate::icmp`]'s quotes).
     fn sum_from(&self, from: usize, most: usize) -> u64;
     /// Put `n` bytes in front (their content is undefined).
@@ -117,6 +121,10 @@ pub trait Ip: Addressing {
     fn fix_quoted_header(w: &mut impl Window, within: usize, addresses: Delta) -> Delta;
     /// Length of the IP packet, as its header says.
     fn total_len(w: &impl Window) -> u32;
+    /// Key words as a slice; an address in two words and back (none is 0).
+    fn slice(words: &Self::Words) -> &[u64];
+    fn pair(address: Option<Self::Addr>) -> [u64; 2];
+    fn from_pair(pair: [u64; 2]) -> Self::Addr;
     /// Ones-complement sum of an address.
     fn sum(address: Self::Addr) -> u64;
     /// TOS; flags and offset as the header of a tunnel is to have them, in host order (only DF); id.
@@ -220,6 +228,18 @@ impl Ip for V4 {
     #[inline(always)]
     fn total_len(w: &impl Window) -> u32 {
         u32::from(u16::from_be(w.r16(L3 + 2)))
+    }
+    #[inline(always)]
+    fn slice(words: &[u64; 1]) -> &[u64] {
+        words
+    }
+    #[inline(always)]
+    fn pair(address: Option<u32>) -> [u64; 2] {
+        [u64::from(address.unwrap_or(0)), 0]
+    }
+    #[inline(always)]
+    fn from_pair([address, _]: [u64; 2]) -> u32 {
+        address as u32
     }
     #[inline(always)]
     fn sum(address: u32) -> u64 {
@@ -348,6 +368,18 @@ impl Ip for V6 {
         u32::from(u16::from_be(w.r16(L3 + 4))) + 40
     }
     #[inline(always)]
+    fn slice(words: &[u64; 4]) -> &[u64] {
+        words
+    }
+    #[inline(always)]
+    fn pair(address: Option<[u64; 2]>) -> [u64; 2] {
+        address.unwrap_or([0, 0])
+    }
+    #[inline(always)]
+    fn from_pair(pair: [u64; 2]) -> [u64; 2] {
+        pair
+    }
+    #[inline(always)]
     fn sum(a: [u64; 2]) -> u64 {
         let halves = |v: u64| (v & 0xffff_ffff) + (v >> 32);
         halves(a[0]) + halves(a[1])
@@ -397,6 +429,8 @@ pub struct Flow<I: Ip> {
     pub ttl: u8,
     /// Bytes of extra headers before the transport header.
     pub by: u16,
+    /// Of a fragment that is not the first one, the ports are not known, and 0 here.
+    pub part: Part,
     /// Length of the IP packet.
     pub len: u32,
 }
@@ -430,7 +464,9 @@ pub fn parse<I: Ip, P: Packet>(p: &mut P) -> Result<Flow<I>, Verdict> {
         I::plain(&w, frame_len)
     };
     match plain {
-        Some((protocol @ (IP_TCP | IP_UDP | IP_ICMP | IP_ICMP6), len)) => transport(p, protocol, 0, len),
+        Some((protocol @ (IP_TCP | IP_UDP | IP_ICMP | IP_ICMP6), len)) => {
+            transport(p, &Place { protocol, by: 0, len, part: Part::WHOLE })
+        }
         _ => {
             cold_path();
             Err(Verdict::go(Stage::Far, 0))
@@ -443,36 +479,41 @@ pub fn parse<I: Ip, P: Packet>(p: &mut P) -> Result<Flow<I>, Verdict> {
 pub fn parse_far<'p, I: Extras, P: Frame>(p: &'p mut P) -> Result<(Far<'p, I, P>, Flow<I>), Verdict> {
     let place = I::find(p)?;
     let mut far = Far::new(p, place.by);
-    let flow = transport(&mut far, place.protocol, place.by, place.len)?;
+    let flow = transport(&mut far, &place)?;
     Ok((far, flow))
 }
 
-/// Flow of a packet that shows as a plain one, but is `by` bytes longer.
+/// Flow of a packet that shows as a plain one.
 #[inline(always)]
-fn transport<I: Ip, P: Packet>(p: &mut P, protocol: u8, by: usize, len: u32) -> Result<Flow<I>, Verdict> {
+fn transport<I: Ip, P: Packet>(p: &mut P, place: &Place) -> Result<Flow<I>, Verdict> {
+    let Place { protocol, by, len, part } = *place;
     let (tcp, header) = match protocol {
         IP_TCP => (true, 20),
         IP_UDP => (false, 8),
-        IP_ICMP | IP_ICMP6 => return Err(Verdict::go(Stage::Related, 0)),
+        IP_ICMP | IP_ICMP6 if part.is_whole() => return Err(Verdict::go(Stage::Related, 0)),
+        IP_ICMP | IP_ICMP6 => return Err(pass(Reason::Fragment)),
         _ => return Err(pass(Reason::OtherProtocol)),
     };
+    // Of a datagram's first fragment, the header is nowhere else.
+    let short = if part.is_whole() { pass(Reason::ShortTransport) } else { drop(Reason::FragmentTiny) };
     // `by` bytes and the IP header are within it.
     let plain = len - by as u32;
-    if plain < (I::HEADER + header) as u32 {
-        return Err(pass(Reason::ShortTransport));
-    }
-    let (ports, flags) = if tcp {
-        let Some(w) = p.window(I::L4 + 20) else { return Err(pass(Reason::ShortTransport)) };
+    let (ports, flags) = if part.is_later() {
+        (0, 0)
+    } else if plain < (I::HEADER + header) as u32 {
+        return Err(short);
+    } else if tcp {
+        let Some(w) = p.window(I::L4 + 20) else { return Err(short) };
         let doff = u32::from(w.r8(I::L4 + 12) >> 4) * 4;
         if doff < 20 || doff > plain - I::HEADER as u32 {
-            return Err(pass(Reason::ShortTransport));
+            return Err(short);
         }
         (w.r32(I::L4), w.r8(I::L4 + 13))
     } else {
-        let Some(w) = p.window(I::L4 + 8) else { return Err(pass(Reason::ShortTransport)) };
+        let Some(w) = p.window(I::L4 + 8) else { return Err(short) };
         (w.r32(I::L4), 0)
     };
     let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
     let key = Key::of(I::addresses(&w), u32::from_be(ports), if tcp { conn::TCP } else { conn::UDP });
-    Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), by: by as u16, len })
+    Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len })
 }

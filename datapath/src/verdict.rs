@@ -53,6 +53,10 @@ pub enum Stage {
     ErrorTunnel = 15,
     /// A packet with IPv4 options or IPv6 extension headers: as [`Stage::Whole`].
     Far = 18,
+    /// A fragment that is not the first one.
+    Fragment = 19,
+    /// A first fragment, which leaves word for those after it, if its connection is there; it then goes on in [`Stage::Far`] with the number 1.
+    Note = 20,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -119,6 +123,8 @@ impl Verdict {
             13 => Stage::TooBig,
             14 => Stage::Related,
             18 => Stage::Far,
+            19 => Stage::Fragment,
+            20 => Stage::Note,
             _ => Stage::ErrorTunnel,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -208,7 +214,7 @@ reasons! {
     Icmp "icmp" Pass "ICMP: the kernel answers or forwards";
     Options "ip_options" Pass "more extension headers than are looked through: left to the kernel";
     SourceRoute "source_route" Pass "a routing header says that this is not its last destination: left to the kernel";
-    Fragment "fragment" Pass "a fragment: left to the kernel";
+    Fragment "fragment" Pass "a fragment of ICMP, or of a datagram whose first fragment was none of ours or has not come yet";
     ShortTransport "short_transport" Pass "TCP or UDP header cut short or too small: left to the kernel";
     NoService "no_service" Pass "no virtual service has this address and port";
     NotLocal "not_local" Pass "the virtual address is not one of this host's (a backup director?)";
@@ -216,6 +222,9 @@ reasons! {
     ReplyTtl "reply_ttl" Pass "a reply whose TTL is used up: the kernel answers the real server";
     Short "short" Drop "IP header cut short";
     Malformed "malformed" Drop "IP version, header length or total length are wrong";
+    FragmentTiny "fragment_tiny" Drop "a first fragment without the whole of the TCP or UDP header";
+    FragmentOverlap "fragment_overlap" Drop "a fragment that reaches into the first one";
+    FragmentConflict "fragment_conflict" Drop "a fragment of two datagrams with the same id that go different ways";
     Extensions "extension_headers" Drop "IPv6 extension headers that end behind the packet's end";
     Martian "martian_source" Drop "a source address that no client can have";
     TableFull "table_full" Drop "connection table full of flows that must not be evicted";
@@ -223,7 +232,7 @@ reasons! {
     DestGone "dest_gone" Drop "the connection's real server was removed";
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
     NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";
-    TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second";
+    TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second, or a fragment that is not the first";
     NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
     TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, which is not done here: raise the MTU towards the real servers";
     TooBigLimited "too_big_limited" Drop "too large for the tunnel: not answered, too many ICMP errors this second";

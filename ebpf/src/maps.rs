@@ -10,9 +10,10 @@ use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use rvs_datapath::abi::{
     Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState,
-    Tunnel, Vlan, hop,
+    Tunnel, Vlan, fragment, hop,
 };
 use rvs_datapath::ct::{Family, V4, V6};
+use rvs_datapath::frag;
 use rvs_datapath::packet::{Flow, Ip};
 use rvs_datapath::tables::{Machine, Route, Tables, Walker};
 use rvs_datapath::verdict::{COUNTERS, Verdict};
@@ -39,6 +40,7 @@ flat! {
     HashTables("TABLES"): u32;
     Hops("HOPS"): Hop;
     ReplyHops("REPLY_HOPS"): Hop;
+    Fragments("FRAGMENTS"): [u64; fragment::WORDS];
     Verdicts("VERDICTS"): u64;
 }
 
@@ -191,6 +193,32 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     #[inline(always)]
     fn keep_reply_hop(&self, hop: &Hop) -> u8 {
         keep_reply_hop(hop)
+    }
+    #[inline(always)]
+    fn leave_note(&self, key: &frag::Key, note: &frag::Note) -> bool {
+        calls::leave_note(key, note)
+    }
+    #[inline(always)]
+    fn find_note(&self, key: &frag::Key) -> frag::Found {
+        calls::find_note(key)
+    }
+    #[inline(always)]
+    fn fragment(&self, place: u32, word: u32) -> u64 {
+        // SAFETY: a word of a valid value (callers give constants), read as a whole.
+        unsafe { (Fragments::at(place) as *mut u64).add(word as usize).read_volatile() }
+    }
+    #[inline(always)]
+    fn set_fragment(&self, place: u32, word: u32, value: u64) {
+        // SAFETY: as above.
+        unsafe { (Fragments::at(place) as *mut u64).add(word as usize).write_volatile(value) };
+    }
+    #[inline(always)]
+    fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool {
+        // SAFETY: as above; the control word is the first, and shared only through atomic instructions and whole-word loads.
+        unsafe {
+            let at = Fragments::at(place) as *mut u64;
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, new).1
+        }
     }
     #[inline(always)]
     fn machine(&self, service: u32, which: Machine) -> u64 {

@@ -168,6 +168,13 @@ impl Packet for Skb {
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
         self.fix(at, 0, udp, addresses, ports)
     }
+    #[inline(always)]
+    fn changed_address<I: Ip>(&mut self, delta: Delta) {
+        // IPv4's header makes up for it.
+        if I::FAMILY == 6 {
+            self.tell_sum(delta.fold() as u32);
+        }
+    }
     /// Of a packet that [`Self::look_at_checksum`] has seen. An unfinished checksum will be finished on the way out, over what is
     /// left of the packet then: from there on it sums up to the complement of what the field holds now.
     #[inline(always)]

@@ -12,7 +12,7 @@ use crate::maps::Maps;
 macro_rules! call {
     ($stage:ident, $number:ident, $ctx:expr, $whole:expr, [$first:ident $enter:ident $link:ident $make_way:ident $give_up:ident],
      [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
-      $too_big:ident $related:ident $error_tunnel:ident $far:ident]) => {
+      $too_big:ident $related:ident $error_tunnel:ident $far:ident $fragment:ident $note:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::$first(),
@@ -28,7 +28,9 @@ macro_rules! call {
             Stage::TooBig => $too_big($ctx, $number),
             Stage::Related => $related($ctx),
             Stage::ErrorTunnel => $error_tunnel($ctx, $number),
-            Stage::Far => $far($ctx),
+            Stage::Far => $far($ctx, $number),
+            Stage::Note => $note($ctx),
+            Stage::Fragment => $fragment($ctx),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),
         })

@@ -98,11 +98,11 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
     match core::arrive_untagged(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 make_way4 give_up4],
-                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_far4])
+                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_far4 tc_fragment4 tc_note4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 make_way6 give_up6],
-                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_far6])
+                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_far6 tc_fragment6 tc_note6])
         }),
         Err(verdict) => verdict,
     }
@@ -139,7 +139,9 @@ stages! {
     tc_too_big4 tc_too_big6(mtu) TooBig;
     tc_related4 tc_related6() Related;
     tc_error_tunnel4 tc_error_tunnel6(dest) ErrorTunnel;
-    tc_far4 tc_far6() Far;
+    tc_far4 tc_far6(noted) Far;
+    tc_fragment4 tc_fragment6() Fragment;
+    tc_note4 tc_note6() Note;
     tc_time_exceeded4 tc_time_exceeded6() TimeExceeded;
     tc_port_unreachable4 tc_port_unreachable6() PortUnreachable;
 }

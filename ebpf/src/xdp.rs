@@ -61,11 +61,11 @@ fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdi
     match family {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole4(ctx, ifindex), [first4 enter4 link4 make_way4 give_up4],
-                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 far4])
+                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 far4 fragment4 note4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole6(ctx, ifindex), [first6 enter6 link6 make_way6 give_up6],
-                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 far6])
+                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 far6 fragment6 note6])
         }),
         Err(verdict) => verdict,
     }
@@ -149,7 +149,9 @@ stages! {
     too_big4 too_big6(mtu) TooBig;
     related4 related6() Related;
     error_tunnel4 error_tunnel6(dest) ErrorTunnel;
-    far4 far6() Far;
+    far4 far6(noted) Far;
+    fragment4 fragment6() Fragment;
+    note4 note6() Note;
     time_exceeded4 time_exceeded6() TimeExceeded;
     port_unreachable4 port_unreachable6() PortUnreachable;
 }

@@ -80,6 +80,7 @@ pub struct MemTables {
     dest_flags: Vec<AtomicU64>,
     stats: Vec<StatCells>,
     reply_hops: Vec<OnceLock<Hop>>,
+    fragments: Vec<[AtomicU64; abi::fragment::WORDS]>,
     verdicts: [AtomicU64; COUNTERS],
     /// ICMP errors that may still be sent in this second.
     icmp_left: AtomicU64,
@@ -120,6 +121,7 @@ impl MemTables {
             dest_flags: filled(sizes.dests),
             stats: filled(sizes.dests),
             reply_hops: filled(REPLY_HOPS_MAX),
+            fragments: filled(abi::FRAGMENTS_MAX),
             verdicts: std::array::from_fn(|_| AtomicU64::new(0)),
             icmp_left: AtomicU64::new(ICMP_PER_S),
         }
@@ -268,6 +270,16 @@ impl Tables for MemTables {
     fn keep_reply_hop(&self, hop: &Hop) -> u8 {
         let place = (1..=u8::MAX).find(|n| self.reply_hops[usize::from(*n)].get_or_init(|| *hop) == hop);
         place.unwrap_or(0)
+    }
+    fn fragment(&self, place: u32, word: u32) -> u64 {
+        self.fragments[place as usize][word as usize].load(SeqCst)
+    }
+    fn set_fragment(&self, place: u32, word: u32, value: u64) {
+        self.fragments[place as usize][word as usize].store(value, SeqCst);
+    }
+    fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool {
+        let word = &self.fragments[place as usize][abi::fragment::CONTROL as usize];
+        word.compare_exchange(old, new, SeqCst, SeqCst).is_ok()
     }
     fn machine(&self, service: u32, which: Machine) -> u64 {
         self.machines[service as usize][which as usize].load(SeqCst)

@@ -35,7 +35,19 @@ macro_rules! plain {
         unsafe impl Plain for $t {}
     )* };
 }
-plain!(u32, u64, [u64; 32], [u64; abi::SCRATCH_WORDS], Config, Clock, CpuStats, Iface, ServiceKey, Hop);
+plain!(
+    u32,
+    u64,
+    [u64; 32],
+    [u64; abi::fragment::WORDS],
+    [u64; abi::SCRATCH_WORDS],
+    Config,
+    Clock,
+    CpuStats,
+    Iface,
+    ServiceKey,
+    Hop
+);
 plain!(
     abi::Service,
     abi::ServiceState,
@@ -230,6 +242,7 @@ pub struct Maps {
     pub tables: Table<u32>,
     pub hops: Table<Hop>,
     pub reply_hops: Table<Hop>,
+    fragments: Table<[u64; abi::fragment::WORDS]>,
     pub verdicts: PerCpu<u64>,
     scratch: [PerCpu<[u64; abi::SCRATCH_WORDS]>; 2],
     pub conns4: ConnTable<V4>,
@@ -376,6 +389,7 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::new::<u32>(map::TABLES, s.tables.next_power_of_two()),
         Shape::new::<Hop>(map::HOPS, s.hops.next_power_of_two()),
         Shape::new::<Hop>(map::REPLY_HOPS, abi::REPLY_HOPS_MAX),
+        Shape::new::<[u64; abi::fragment::WORDS]>(map::FRAGMENTS, abi::FRAGMENTS_MAX),
         Shape::per_cpu::<u64>(map::VERDICTS, COUNTERS as u32),
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH4, 1),
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH6, 1),
@@ -510,7 +524,7 @@ fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Fl
 /// The maps that are not flat.
 const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
 
-const ALL: [&str; 21] = [
+const ALL: [&str; 23] = [
     // The first: without its pin nobody takes the others for whole.
     map::CONFIG,
     map::CONN4,
@@ -518,6 +532,7 @@ const ALL: [&str; 21] = [
     map::CLOCK,
     map::TIMER,
     map::IFACES,
+    map::VLANS,
     map::SERVICE_KEYS,
     map::SERVICES,
     map::SERVICE_STATE,
@@ -530,6 +545,7 @@ const ALL: [&str; 21] = [
     map::TABLES,
     map::HOPS,
     map::REPLY_HOPS,
+    map::FRAGMENTS,
     map::VERDICTS,
     map::SCRATCH4,
     map::SCRATCH6,
@@ -557,6 +573,7 @@ impl Maps {
             tables: flat.table(map::TABLES)?,
             hops: flat.table(map::HOPS)?,
             reply_hops: flat.table(map::REPLY_HOPS)?,
+            fragments: flat.table(map::FRAGMENTS)?,
             verdicts: flat.per_cpu(map::VERDICTS)?,
             scratch: [flat.per_cpu(map::SCRATCH4)?, flat.per_cpu(map::SCRATCH6)?],
             conns4: flat.conns(map::CONN4, c)?,
@@ -566,6 +583,9 @@ impl Maps {
     }
     /// Nothing of what programs keep from one packet to the next: for tests that begin anew.
     pub fn forget(&self) -> Result<()> {
+        for place in 0..self.fragments.len() {
+            self.fragments.set(place, [0; abi::fragment::WORDS])?;
+        }
         for part in &self.scratch {
             for cpu in 0..part.cpus {
                 part.all.set(cpu, [0; abi::SCRATCH_WORDS])?;
