@@ -3,9 +3,11 @@
 //! Pure: the caller asks the kernel (`rvs_sys::netlink`) and asks again whenever netlink reports a change. The
 //! kernel keeps the neighbours named by [`to_keep`] resolved, so that [`resolve`] comes to `Ready` by itself.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+
+use rvs_datapath::abi;
 
 use crate::net::{FdbEntry, Link, Mac, Neighbour, NeighbourState, Route, RouteKind, VlanTag};
 
@@ -45,9 +47,51 @@ pub enum Path {
     /// XDP may redirect there, with the bridge's own MAC as source. `None` while the bridge has not learnt it: then
     /// only tc can send (the bridge floods).
     Bridge { port: Option<u32> },
-    /// [`Hop::ifindex`] is a VLAN sub-interface: tc may redirect to it untagged; XDP has to push the tag and redirect
-    /// to `lower`.
+    /// [`Hop::ifindex`] is a VLAN sub-interface: tc may redirect to it untagged; XDP pushes the tag and redirects
+    /// to `lower`, see [`Hop::out`].
     Vlan { lower: u32, tag: VlanTag },
+}
+
+impl Hop {
+    /// The interface as the data plane has it ([`abi::Hop::ifindex`]); `None`: the kernel must send it, packet by packet. `served`: has this
+    /// interface the program?
+    pub fn out(&self, links: &[Link], served: impl Fn(u32) -> bool) -> Option<u32> {
+        let Path::Vlan { lower, .. } = self.path else {
+            return match self.path {
+                // The bridge's own forwarding decision, made here: XDP can't send through a bridge device.
+                Path::Bridge { port } => port,
+                _ => Some(self.ifindex),
+            };
+        };
+        // The data plane knows the tags of what it serves, two at most.
+        let below = |ifindex| links.iter().find(|l| l.ifindex == ifindex && l.vlan.is_some());
+        let known = match below(lower) {
+            None => true,
+            Some(outer) => served(lower) && outer.lower.is_some_and(|l| below(l).is_none()),
+        };
+        (known && served(self.ifindex)).then_some(self.ifindex | abi::hop::VLAN)
+    }
+}
+
+/// The interface below a VLAN device, and its tag as [`abi::Vlan`] has it.
+pub fn vlan_of(link: &Link) -> Option<(u32, u32)> {
+    let tag = link.vlan?;
+    Some((link.lower?, u32::from(tag.tpid) << 16 | u32::from(tag.id)))
+}
+
+/// Where the data plane looks for the VLAN devices among these interfaces, by place; and those that find none, by name.
+pub fn vlan_table<'a>(links: impl Iterator<Item = &'a Link>) -> (BTreeMap<u32, abi::Vlan>, Vec<&'a str>) {
+    let (mut table, mut left) = (BTreeMap::new(), Vec::new());
+    for link in links {
+        let Some((lower, tag)) = vlan_of(link) else { continue };
+        let first = abi::vlan_place(lower, tag);
+        let mut places = (0..abi::VLAN_PROBES).map(|i| (first + i) % abi::VLANS_MAX);
+        match places.find(|place| !table.contains_key(place)) {
+            Some(place) => drop(table.insert(place, abi::Vlan { ifindex: link.ifindex, lower, tag, spare: 0 })),
+            None => left.push(link.name.as_str()),
+        }
+    }
+    (table, left)
 }
 
 /// Why a frame can't be built now.
@@ -350,6 +394,61 @@ mod tests {
         assert_eq!(path(&links, &[learnt(3), learnt(4)]), Path::Bridge { port: None });
         assert_eq!(path(&links[..1], &[learnt(3)]), Path::Bridge { port: None }, "the port is gone");
         assert_eq!(path(&links, &[FdbEntry { bridge: 7, ..learnt(3) }]), Path::Bridge { port: None });
+    }
+
+    /// Served or not, with one tag, two, and three.
+    #[test]
+    fn the_data_plane_sends_by_vlan_devices_that_it_serves() {
+        let vlan = |ifindex, lower, id, tpid| Link {
+            lower: Some(lower),
+            vlan: Some(VlanTag { id, tpid }),
+            ..link(ifindex, &format!("vlan{ifindex}"), "vlan")
+        };
+        let links = [link(2, "eth0", ""), vlan(5, 2, 10, 0x8100), vlan(6, 5, 20, 0x8100), vlan(7, 6, 30, 0x8100)];
+        let out = |ifindex: u32, served: &[u32]| {
+            let table = [neighbour(ifindex, "10.0.0.1", NeighbourState::Reachable)];
+            let NextHop::Ready(hop) = resolve_in("10.0.0.1", &via(ifindex, None), &links, &table) else {
+                panic!("{ifindex} is not ready");
+            };
+            hop.out(&links, |i| served.contains(&i))
+        };
+        assert_eq!(out(2, &[]), Some(2));
+        assert_eq!((out(5, &[2, 5]), out(5, &[2])), (Some(5 | abi::hop::VLAN), None));
+        assert_eq!((out(6, &[5, 6]), out(6, &[2, 6]), out(6, &[2, 5])), (Some(6 | abi::hop::VLAN), None, None));
+        assert_eq!(out(7, &[2, 5, 6, 7]), None);
+    }
+
+    /// As the data plane looks, of as many as there can be programs.
+    #[test]
+    fn every_vlan_device_is_found_where_the_data_plane_looks() {
+        let vlans: Vec<Link> = (0..abi::IFACES_MAX)
+            .map(|i| Link {
+                lower: Some(2 + i % 3),
+                vlan: Some(VlanTag { id: (1 + i / 3) as u16, tpid: 0x8100 }),
+                ..link(100 + i, &format!("vlan{i}"), "vlan")
+            })
+            .collect();
+        let plain = link(2, "eth0", "");
+        let (table, left) = vlan_table(vlans.iter().chain([&plain]));
+        assert_eq!(table.len() + left.len(), vlans.len());
+        assert!(left.is_empty(), "{left:?}");
+        for vlan in &vlans {
+            let (lower, tag) = vlan_of(vlan).unwrap();
+            let first = abi::vlan_place(lower, tag);
+            let found = (0..abi::VLAN_PROBES)
+                .find_map(|i| table.get(&((first + i) % abi::VLANS_MAX)).filter(|v| (v.lower, v.tag) == (lower, tag)));
+            assert_eq!(found.map(|v| v.ifindex), Some(vlan.ifindex));
+        }
+        // Ids of one link that all begin at the same place: the last ones find none.
+        let first = abi::vlan_place(2, 0x8100 << 16 | 1);
+        let same: Vec<Link> = (1..=u16::MAX)
+            .flat_map(|id| [0x8100, 0x88a8].map(|tpid| VlanTag { id, tpid }))
+            .filter(|t| abi::vlan_place(2, u32::from(t.tpid) << 16 | u32::from(t.id)) == first)
+            .take(9)
+            .map(|tag| Link { lower: Some(2), vlan: Some(tag), ..link(9, &format!("vlan{}", tag.id), "vlan") })
+            .collect();
+        let (table, left) = vlan_table(same.iter());
+        assert_eq!((table.len(), left.len()), (8, same.len() - 8));
     }
 
     #[test]

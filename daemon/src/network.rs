@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use rvs_control::net::{Addr, FdbEntry, Link, Neighbour, Route, RouteQuery};
-use rvs_control::nexthop::{self, NextHop, Path, Picture};
+use rvs_control::nexthop::{self, NextHop, Picture};
 use rvs_control::plan::Way;
 use rvs_datapath::abi::{Iface, iface};
 use rvs_sys::bpf::attach::{self, Hook, Port};
@@ -226,13 +226,8 @@ impl Network {
             let way = match nexthop::resolve(*address, route, picture) {
                 NextHop::Local => Way::Local,
                 NextHop::Ready(hop) => {
-                    let ifindex = match hop.path {
-                        Path::Direct => hop.ifindex,
-                        // The bridge's own forwarding decision, made here: XDP can't send through a bridge device.
-                        Path::Bridge { port: Some(port) } => port,
-                        // Until then the kernel forwards, or tc.
-                        Path::Bridge { port: None } | Path::Vlan { .. } => continue,
-                    };
+                    // Until there is one the kernel forwards, or tc.
+                    let Some(ifindex) = hop.out(links, |i| self.attached.contains_key(&i)) else { continue };
                     let (d, s) = (hop.dst_mac.0, hop.src_mac.0);
                     let macs = [
                         u32::from_ne_bytes([d[0], d[1], d[2], d[3]]),
@@ -291,8 +286,30 @@ impl Network {
                 self.note(link)?;
             }
         }
+        self.vlans(links)?;
         let names = self.attached.values().map(|(name, hook)| (name.clone(), hook.name().to_owned())).collect();
         self.director.borrow_mut().interfaces = names;
+        Ok(())
+    }
+
+    /// VLAN devices with the program: XDP on the interface below takes their frames too.
+    fn vlans(&self, links: &[Link]) -> Result<(), String> {
+        let served = links.iter().filter(|l| self.attached.contains_key(&l.ifindex));
+        let (wanted, left) = nexthop::vlan_table(served);
+        if !left.is_empty() {
+            tracing::warn!(
+                vlans = left.join(", "),
+                "no place in the table of VLANs: XDP leaves their frames to the kernel"
+            );
+        }
+        let d = self.director.borrow();
+        let table = &d.dataplane.maps.vlans;
+        for place in 0..table.len() {
+            let vlan = wanted.get(&place).copied().unwrap_or_default();
+            if table.get(place).map_err(|e| shown(&e))? != vlan {
+                table.set(place, vlan).map_err(|e| shown(&e))?;
+            }
+        }
         Ok(())
     }
 
@@ -337,7 +354,8 @@ impl Network {
         }
         let mac = link.mac.map(|m| m.0).unwrap_or_default();
         let flags = if link.kind == "veth" { iface::REDIRECT_BACK } else { 0 };
-        let iface = Iface::new(link.ifindex, mac, flags, link.mtu);
+        let (lower, tag) = nexthop::vlan_of(link).unwrap_or_default();
+        let iface = Iface { lower, tag, ..Iface::new(link.ifindex, mac, flags, link.mtu) };
         if there != iface {
             ifaces.set(at, iface).map_err(|e| shown(&e))?;
         }

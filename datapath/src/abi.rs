@@ -35,6 +35,8 @@ pub mod map {
     pub const TIMER: &str = "TIMER";
     /// [`super::Iface`] by ifindex modulo the size, see there.
     pub const IFACES: &str = "IFACES";
+    /// [`super::Vlan`] at one of the places that [`super::vlan_place`] begins.
+    pub const VLANS: &str = "VLANS";
     /// [`super::ServiceKey`] -> index in [`SERVICES`] (low half), its generation (high half).
     pub const SERVICE_KEYS: &str = "SERVICE_KEYS";
     /// [`super::Service`] by index.
@@ -64,6 +66,8 @@ pub mod map {
     pub const HOPS: &str = "HOPS";
     /// [`super::Hop`]s that the data plane found for replies; 0 is none.
     pub const REPLY_HOPS: &str = "REPLY_HOPS";
+    /// [`super::fragment`]: words of notes about datagrams that come in fragments.
+    pub const FRAGMENTS: &str = "FRAGMENTS";
     /// [`super::SCRATCH_WORDS`] for each CPU: what programs hand from function to function.
     pub const SCRATCH4: &str = "SCRATCH4";
     pub const SCRATCH6: &str = "SCRATCH6";
@@ -130,14 +134,40 @@ pub struct Iface {
     /// Bits [`iface`].
     pub flags: u16,
     pub mtu: u16,
+    /// A VLAN device: the interface below (0: it is none), and the tag that it puts on, as in [`Vlan`].
+    pub lower: u32,
+    pub tag: u32,
 }
 impl Iface {
     pub fn new(ifindex: u32, [a, b, c, d, e, f]: [u8; 6], flags: u16, mtu: u32) -> Iface {
         let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
-        Iface { mac: u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), ifindex, flags, mtu }
+        Iface { mac: u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), ifindex, flags, mtu, lower: 0, tag: 0 }
     }
 }
 pub const IFACES_MAX: u32 = 1024;
+
+/// A VLAN device with a program, for frames that have its tag still.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Vlan {
+    /// 0: none here.
+    pub ifindex: u32,
+    /// The interface below, itself a VLAN device perhaps.
+    pub lower: u32,
+    /// Ethertype of the tag (high half) and VLAN identifier (low half), host order.
+    pub tag: u32,
+    pub spare: u32,
+}
+/// Four times [`IFACES_MAX`]: places are found by hash.
+pub const VLANS_MAX: u32 = 4096;
+/// Places that a VLAN device may have, from the first one on.
+pub const VLAN_PROBES: u32 = 8;
+
+/// The first place where it is looked for.
+#[inline(always)]
+pub fn vlan_place(lower: u32, tag: u32) -> u32 {
+    (lower.rotate_left(16) ^ tag).wrapping_mul(0x9e37_79b1) >> 20
+}
 
 /// Bits of [`Iface::flags`].
 pub mod iface {
@@ -350,13 +380,30 @@ pub struct CpuStats {
 pub struct Hop {
     /// Destination and source MAC, as they lie in the frame.
     pub macs: [u32; 3],
-    /// 0: no hop.
+    /// 0: no hop. With [`hop::VLAN`]: by that VLAN device, which XDP has to leave out.
     pub ifindex: u32,
+}
+/// Bits of [`Hop::ifindex`].
+pub mod hop {
+    /// The interface is a VLAN device. (The kernel counts interfaces from 1 up, and gives nobody so high a number.)
+    pub const VLAN: u32 = 1 << 30;
 }
 pub const REPLY_HOPS_MAX: u32 = 256;
 /// Words of a row of SIDE4 and of SIDE6.
 pub const SIDE4_WORDS: usize = 4;
 pub const SIDE6_WORDS: usize = 8;
+/// Datagrams in fragments at a time: 256 KiB of notes.
+pub const FRAGMENTS_MAX: u32 = 4096;
+/// Words of a note: see [`crate::frag`].
+pub mod fragment {
+    pub const WORDS: usize = 8;
+    pub const CONTROL: u32 = 0;
+    /// Four words.
+    pub const ADDRESSES: u32 = 1;
+    pub const REST: u32 = 5;
+    /// The virtual address of replies, two words.
+    pub const ADDRESS: u32 = 6;
+}
 /// Room for the programs' own structures.
 pub const SCRATCH_WORDS: usize = 64;
 
@@ -364,7 +411,8 @@ pub const SCRATCH_WORDS: usize = 64;
 const _: () = {
     assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 8 + 16);
     assert!(size_of::<Clock>() == 24 + 256);
-    assert!(size_of::<Iface>() == 16);
+    assert!(size_of::<Iface>() == 24);
+    assert!(size_of::<Vlan>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 32 + 20 + 4 + 16 + 8 + 40 + 8);
     assert!(size_of::<ServiceState>() == 16);

@@ -8,31 +8,73 @@
 //!     virtual service of this host? -> first packet of a flow? -> scheduler -> enter -> forward -> out
 //! ```
 //! The connection comes first: an established flow never pays for a service lookup, and what a known flow's packets seldom need
-//! (other than a rewrite for a next hop that is ready) is left to a stage of its own. Each packet leaves through one [`Verdict`].
+//! (other than a rewrite for a next hop that is ready) is left to a stage of its own. So are packets with options or extension headers, which
+//! then take the same way. Each packet leaves through one [`Verdict`].
+
+mod fragments;
 
 use ::core::hint::cold_path;
 
-use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, service};
+use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found, V4, V6};
+use crate::far::{Extras, Far};
+use crate::frag::{self, Part};
 use crate::fullnat;
 use crate::icmp::{Answer, Error};
-use crate::packet::{ETHERTYPE, Flow, Ip, L3, Packet, Window, parse};
+use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::tcp::{self, Way};
 use crate::related::{self, Related};
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
 use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use crate::vlan::{self, Tags};
 use crate::xmit::{self, End};
 
 /// All of it, for callers that need no functions of their own for its stages.
 #[inline(always)]
-pub fn process<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
-    match arrive(p, &t.iface(p.ifindex())) {
+pub fn process<P: Frame, T: Tables>(p: &mut P, t: &T) -> Verdict {
+    let (lower, mut tags) = (p.ifindex(), None);
+    let mut family = arrive(p, &t.iface(lower));
+    if is_tagged(family) {
+        tags = vlan::untag(p, t);
+        family = if tags.is_some() { arrive_untagged(p, &t.iface(p.ifindex())) } else { Err(pass(Reason::NotIp)) };
+    }
+    let verdict = match family {
         Ok(4) => stages(|stage, number| run::<V4, P, T>(p, t, stage, number)),
         Ok(_) => stages(|stage, number| run::<V6, P, T>(p, t, stage, number)),
         Err(verdict) => verdict,
+    };
+    p.came_by(lower);
+    if vlan::concerns(verdict, tags) { retag(p, t, verdict, tags) } else { verdict }
+}
+
+/// The same of a frame whose tags, if there are more, are nobody's.
+#[inline(always)]
+pub fn arrive_untagged<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
+    let family = arrive(p, iface);
+    if is_tagged(family) { Err(pass(Reason::NotIp)) } else { family }
+}
+
+/// Does the frame have a VLAN tag? (Then that is all that [`arrive`] said of it.)
+#[inline(always)]
+pub fn is_tagged(family: Result<u8, Verdict>) -> bool {
+    family == Err(Verdict::TAGGED)
+}
+
+/// A packet whose verdict [`vlan::concerns`], as it leaves.
+#[inline(always)]
+pub fn retag<P: Frame, T: Tables>(p: &mut P, t: &T, verdict: Verdict, tags: Option<Tags>) -> Verdict {
+    let reason = verdict.reason();
+    match (verdict.action(), tags) {
+        (Action::Up, Some(tags)) if vlan::tag_again(p, tags).is_some() => verdict,
+        (Action::Out(ifindex), _) => match vlan::tag(p, t, ifindex & !hop::VLAN) {
+            Some(lower) if lower == p.ifindex() => Verdict::new(Action::Back, reason),
+            Some(lower) => Verdict::new(Action::Out(lower), reason),
+            None => drop(Reason::NoRoute),
+        },
+        _ => drop(Reason::Internal),
     }
 }
 
@@ -72,49 +114,89 @@ pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
     match w.r16(ETHERTYPE) {
         IPV4 => Ok(4),
         IPV6 => Ok(6),
+        tag if vlan::is_tag(tag) => Err(Verdict::TAGGED),
         _ => Err(pass(Reason::NotIp)),
     }
 }
 
 /// A stage.
 #[inline(always)]
-pub fn run<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, stage: Stage, number: u32) -> Verdict {
+pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, stage: Stage, number: u32) -> Verdict {
     match stage {
-        Stage::Related => return related::<I, P, T>(p, t),
-        Stage::ErrorTunnel => return error_into_tunnel::<I, P, T>(p, t, number),
+        // The hot path: plain packets only.
+        Stage::Whole => {
+            return match parse::<I, P>(p) {
+                Ok(flow) => whole(p, t, &flow),
+                Err(verdict) => verdict,
+            };
+        }
+        Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent => {
+            return match I::find(p) {
+                Ok(place) => related::<I, _, T>(&mut Far::<I, P>::new(p, place.by), t, place.by, stage, number),
+                Err(verdict) => verdict,
+            };
+        }
         _ => {}
     }
     // What the packet says is kept when it may begin a flow.
     let kept = match stage {
-        Stage::Whole | Stage::Retire | Stage::Anew | Stage::TimeExceeded | Stage::Tunnel | Stage::TooBig => None,
+        Stage::Far
+        | Stage::Fragment
+        | Stage::Note
+        | Stage::Retire
+        | Stage::Anew
+        | Stage::TimeExceeded
+        | Stage::Tunnel
+        | Stage::TooBig => None,
         _ => t.kept::<I>(),
     };
-    let flow = match kept.map_or_else(|| parse::<I, P>(p), Ok) {
-        Ok(flow) => flow,
-        Err(verdict) => return verdict,
-    };
-    match stage {
-        Stage::Whole => whole(p, t, &flow),
-        Stage::Retire => retire(t, &flow),
-        Stage::Linked => linked(p, t, &flow, number),
-        Stage::Forward | Stage::Anew => forward(p, t, &flow, number),
-        Stage::Tunnel => into_tunnel(p, t, &flow, number, Reason::Tunnel),
-        Stage::TimeExceeded => error(p, t, &flow, Error::TimeExceeded, 0),
-        Stage::PortUnreachable => error(p, t, &flow, Error::PortUnreachable, 0),
-        Stage::TooBig => error(p, t, &flow, Error::TooBig, number),
-        Stage::Fullnat => fullnat::request(p, t, &flow, number),
-        Stage::Introduce => fullnat::introduce(p, t, &flow, number),
-        Stage::FullnatReply => fullnat::reply(p, t, &flow, number),
-        Stage::ReplyOptions => fullnat::reply_options(p, t, &flow, number),
-        Stage::FullnatSend => fullnat::send(p, t, &flow, number),
-        _ => open(t, &flow, stage, number),
+    if let Some(flow) = kept {
+        return follow::<I, _, T>(&mut Far::<I, P>::new(p, usize::from(flow.by)), t, &flow, stage, number);
+    }
+    match parse_far::<I, P>(p) {
+        Ok((mut far, flow)) => follow(&mut far, t, &flow, stage, number),
+        Err(verdict) => verdict,
     }
 }
 
-/// An ICMP packet: an error about a flow goes to its other end; all else is the kernel's business.
+/// A stage of a packet whose flow is known.
 #[inline(always)]
-fn related<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
-    let Some(error) = related::look::<I, P>(p) else { return pass(Reason::Icmp) };
+fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    flow: &Flow<I>,
+    stage: Stage,
+    number: u32,
+) -> Verdict {
+    match stage {
+        Stage::Far if flow.part.is_later() => Verdict::go(Stage::Fragment, 0),
+        Stage::Far if flow.part.is_first() && number == 0 => Verdict::go(Stage::Note, 0),
+        Stage::Far => whole(p, t, flow),
+        Stage::Note => fragments::first_fragment(t, flow),
+        Stage::Fragment => fragments::later(p, t, flow),
+        Stage::Retire => retire(t, flow),
+        Stage::Linked => linked(p, t, flow, number),
+        Stage::Forward | Stage::Anew => forward(p, t, flow, number),
+        Stage::Tunnel => into_tunnel(p, t, flow, number, Reason::Tunnel),
+        Stage::TimeExceeded => error(p, t, flow, Error::TimeExceeded, 0),
+        Stage::PortUnreachable => error(p, t, flow, Error::PortUnreachable, 0),
+        Stage::TooBig => error(p, t, flow, Error::TooBig, number),
+        Stage::Fullnat => fullnat::request(p, t, flow, number),
+        Stage::Introduce => fullnat::introduce(p, t, flow, number),
+        Stage::FullnatReply => fullnat::reply(p, t, flow, number),
+        Stage::ReplyOptions => fullnat::reply_options(p, t, flow, number),
+        Stage::FullnatSend => fullnat::send(p, t, flow, number),
+        _ => open(t, flow, stage, number),
+    }
+}
+
+/// An ICMP packet, with `by` bytes of extra headers: an error about a flow goes to its other end; all else is the kernel's business.
+#[inline(always)]
+fn related<I: Of<T> + Extras, P: Packet, T: Tables>(p: &mut P, t: &T, by: usize, stage: Stage, number: u32) -> Verdict {
+    let Some(error) = related::look::<I, P>(p, by) else { return pass(Reason::Icmp) };
+    if stage == Stage::ErrorTunnel {
+        return error_into_tunnel(p, t, &error, number);
+    }
     // Not for a router either: nobody is told of an error about an error.
     if error.ttl <= 1 {
         return pass(Reason::Icmp);
@@ -123,32 +205,61 @@ fn related<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
     // It keeps no flow alive, and one that has timed out is none.
     let over = |control| conn::expired(c.policy(), control, c.now_s());
     match ct::lookup::<I, _>(c.table(), &error.key) {
-        Found::Live(hit) if hit.control & ct::REVERSE != 0 => {
-            let found = if hit.control & ct::LINKED == 0 {
-                conn::follow::<I, _>(c, &error.key, &hit).map(|reply| (reply, None))
-            } else {
-                let found = conn::fullnat::follow::<I, _>(c, &error.key, &hit);
-                found.map(|(reply, port)| (reply, Some(port)))
-            };
-            match found {
-                Some((reply, port)) if !over(reply.forward.control) => error_to_client(p, t, &error, &reply, port),
-                _ => pass(Reason::Icmp),
-            }
-        }
+        Found::Live(hit) if stage == Stage::ErrorLent => about_lent(p, t, &error, &hit),
+        Found::Live(hit) if conn::fullnat::is_lent::<I, _>(c, hit.control) => Verdict::go(Stage::ErrorLent, 0),
+        Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &error.key, &hit) {
+            Some(reply) if !over(reply.forward.control) => error_to_client(p, t, &error, &reply),
+            _ => pass(Reason::Icmp),
+        },
         Found::Live(hit) if !over(hit.control) => {
-            error_to_server(p, t, &error, conn::dest(hit.control), hit.slot::<I>())
+            error_to_server(p, t, &error, conn::dest(hit.control), I::source(&error.key.words))
         }
         _ => pass(Reason::Icmp),
     }
 }
 
+/// ... about a flow by FULLNAT: first the end that other methods leave alone, then as for NAT.
 #[inline(always)]
-fn error_to_server<I: Of<T>, P: Packet, T: Tables>(
+fn about_lent<'a, I: Of<T>, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &'a T,
+    error: &Related<I>,
+    hit: &HitOf<'a, I, I::Conns>,
+) -> Verdict {
+    let c = I::conns(t);
+    let over = |control| conn::expired(c.policy(), control, c.now_s());
+    if hit.control & ct::REVERSE != 0 {
+        return match conn::fullnat::follow::<I, _>(c, &error.key, hit) {
+            Some((reply, port)) if !over(reply.forward.control) => {
+                if !related::translate::<I, P>(p, End::Destination, reply.client, port, error.by, false) {
+                    return drop(Reason::Internal);
+                }
+                error_to_client(p, t, error, &reply)
+            }
+            _ => pass(Reason::Icmp),
+        };
+    }
+    if over(hit.control) {
+        return pass(Reason::Icmp);
+    }
+    let Some(side) = conn::fullnat::side::<I, _>(c, hit.slot::<I>(), &error.key) else {
+        return drop(Reason::Entering);
+    };
+    // Whoever sent it: the real server needs no route to there.
+    if !related::translate::<I, P>(p, End::Source, side.address, side.port(), error.by, false) {
+        return drop(Reason::Internal);
+    }
+    error_to_server(p, t, error, conn::dest(hit.control), side.address)
+}
+
+/// `source`: whom it comes from, as the server sees it.
+#[inline(always)]
+fn error_to_server<I: Ip, P: Packet, T: Tables>(
     p: &mut P,
     t: &T,
     error: &Related<I>,
     index: u32,
-    slot: ct::Slot,
+    source: I::Addr,
 ) -> Verdict {
     let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
     let flags = d.out as u32;
@@ -158,21 +269,10 @@ fn error_to_server<I: Of<T>, P: Packet, T: Tables>(
     t.count_in(index, error.len);
     let local = flags & dest::LOCAL != 0;
     let masq = is_nat(d) || d.lends();
-    let mut source = I::source(&error.key.words);
-    if d.lends() {
-        let Some(side) = conn::fullnat::side::<I, _>(I::conns(t), slot, &error.key) else {
-            return drop(Reason::Entering);
-        };
-        // Whoever sent it: the real server needs no route to there.
-        source = side.address;
-        if !related::translate::<I, P>(p, End::Source, side.address, side.port(), false) {
-            return drop(Reason::Internal);
-        }
-    }
     if masq {
         let address = I::from_bytes(&d.address);
         let port = if d.port == 0 { error.key.dport() } else { d.port };
-        if !related::translate::<I, P>(p, End::Destination, address, port, !local) {
+        if !related::translate::<I, P>(p, End::Destination, address, port, error.by, !local) {
             return drop(Reason::Internal);
         }
     }
@@ -195,31 +295,25 @@ fn error_to_server<I: Of<T>, P: Packet, T: Tables>(
 
 /// Its outer headers have no checksum: there is none to make one of without reading it all.
 #[inline(always)]
-fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, index: u32) -> Verdict {
-    let Some(error) = related::look::<I, P>(p) else { return drop(Reason::Internal) };
-    let flow: Flow<I> = Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, len: error.len };
+fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
+    let flow: Flow<I> =
+        Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, by: 0, part: Part::WHOLE, len: error.len };
     into_tunnel(p, t, &flow, index, Reason::ErrorIn)
 }
 
-/// As from the virtual address, about a packet to it. `client_port`: of a client that a local address stood for (FULLNAT).
+/// As from the virtual address, about a packet to it.
 #[inline(always)]
 fn error_to_client<I: Of<T>, P: Packet, T: Tables>(
     p: &mut P,
     t: &T,
     error: &Related<I>,
     reply: &conn::ReplyOf<'_, I, I::Conns>,
-    client_port: Option<u16>,
 ) -> Verdict {
     t.count_out(conn::dest(reply.forward.control), error.len);
     let mut hop = Hop::default();
     let route = t.route::<I>([reply.virtual_address, reply.client], I::ICMP, error.len, &mut hop);
     let ready = route == Route::Hop;
-    if let Some(port) = client_port
-        && !related::translate::<I, P>(p, End::Destination, reply.client, port, false)
-    {
-        return drop(Reason::Internal);
-    }
-    if !related::translate::<I, P>(p, End::Source, reply.virtual_address, reply.virtual_port, ready) {
+    if !related::translate::<I, P>(p, End::Source, reply.virtual_address, reply.virtual_port, error.by, ready) {
         return drop(Reason::Internal);
     }
     if ready { xmit::send(p, &hop, Reason::ErrorOut) } else { Verdict::new(Action::Up, Reason::ErrorOut) }
@@ -413,7 +507,8 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
             return Verdict::go(if lent { Stage::Lend } else { Stage::Link }, done.slot());
         }
         t.count_connection(dest);
-        return Verdict::go(Stage::Forward, dest);
+        // A first fragment goes as one of a known flow now, and leaves a note.
+        return if flow.part.is_first() { Verdict::go(Stage::Far, 0) } else { Verdict::go(Stage::Forward, dest) };
     }
     // Another CPU was faster, or all is full.
     if done.is_there() { Verdict::go(Stage::Whole, 0) } else { drop(Reason::TableFull) }
@@ -436,7 +531,7 @@ fn link<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdic
 fn linked<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
     let Some(dest) = conn::dest_at::<I, _>(I::conns(t), &flow.key, place) else { return Verdict::go(Stage::Whole, 0) };
     t.count_connection(dest);
-    forward(p, t, flow, dest)
+    if flow.part.is_first() { Verdict::go(Stage::Far, 0) } else { forward(p, t, flow, dest) }
 }
 
 /// Packets are addressed to the real server, and its replies go by us to the client.
@@ -469,9 +564,12 @@ fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, ind
         return deliver(p, flow, d, masq);
     }
     if flow.ttl <= 1 {
-        return Verdict::go(Stage::TimeExceeded, 0);
+        return if flow.part.is_later() { drop(Reason::TtlLimited) } else { Verdict::go(Stage::TimeExceeded, 0) };
     }
     if d.lends() {
+        if flow.part.is_later() {
+            return drop(Reason::FragmentLent);
+        }
         t.keep(flow);
         return match ct::lookup::<I, _>(I::conns(t).table(), &flow.key) {
             Found::Live(hit) => Verdict::go(Stage::Fullnat, hit.slot::<I>()),
@@ -491,7 +589,7 @@ fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, ind
     if masq {
         let (address, port) = server(flow, d);
         let ready = route == Route::Hop || resolve;
-        if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, ready) {
+        if !xmit::translate_any::<I, P>(p, flow, End::Destination, address, port, ready) {
             return drop(Reason::Internal);
         }
     }
@@ -536,8 +634,9 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
         return drop(Reason::NoRoute);
     }
     let mut by = *by;
-    if !t.sized() || reason != Reason::Tunnel {
-        // Whoever cuts it into segments would not make an outer checksum of each.
+    if !t.sized() || reason != Reason::Tunnel || I::FAMILY == 6 && flow.by != 0 || !flow.part.is_whole() {
+        // Whoever cuts it into segments would not make an outer checksum of each; and nothing makes up for the sum of extension headers, or of
+        // a part of a datagram.
         by.flags = 0;
     }
     let overhead = tunnel::overhead::<O>(&by);
@@ -575,7 +674,7 @@ fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) ->
         if I::martian(address) {
             return drop(Reason::LoopbackDest);
         }
-        if !xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, false) {
+        if !xmit::translate_any::<I, P>(p, flow, End::Destination, address, port, false) {
             return drop(Reason::Internal);
         }
     }
@@ -645,17 +744,33 @@ pub fn replied<I: Of<T>, T: Tables>(
 /// A packet that this host itself sends, on its way out (LOCAL_OUT): the reply of a real server that is this host gets its virtual
 /// address. It is routed already, so that only the source changes. `None`: not ours, and untouched.
 #[inline(always)]
-pub fn leave<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T) -> Option<Verdict> {
-    let flow = parse::<I, P>(p).ok()?;
+pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option<Verdict> {
+    let (mut far, flow) = parse_far::<I, P>(p).ok()?;
+    let p = &mut far;
     let c = I::conns(t);
+    if flow.part.is_later() {
+        let frag::Found::Note(note) = t.find_note(&fragments::datagram(&flow)) else { return None };
+        if !note.reply || flow.part.at() < note.end {
+            return None;
+        }
+        t.count_out(note.dest, flow.len);
+        let from = I::from_pair(note.virtual_address);
+        let done = xmit::translate_any::<I, _>(p, &flow, End::Source, from, 0, false);
+        return Some(if done { Verdict::new(Action::Up, Reason::MasqReply) } else { drop(Reason::Internal) });
+    }
     let Found::Live(reverse) = ct::lookup::<I, _>(c.table(), &flow.key) else { return None };
     if reverse.control & ct::REVERSE == 0 {
         return None;
     }
     let reply = conn::follow::<I, _>(c, &flow.key, &reverse)?;
+    if flow.part.is_first()
+        && !fragments::note(t, &flow, conn::dest(reply.forward.control), Some(reply.virtual_address))
+    {
+        return Some(drop(Reason::FragmentConflict));
+    }
     let control = replied(t, c, &flow, &reply);
     conn::remember::<I, _, _>(c, &flow.key, &reverse, control, conn::hop(reverse.control));
-    if !xmit::translate::<I, P>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, false) {
+    if !xmit::translate::<I, _>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, false) {
         return Some(drop(Reason::Internal));
     }
     Some(Verdict::new(Action::Up, Reason::MasqReply))
@@ -676,5 +791,8 @@ fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
     if !I::answer(p, error, mtu, flow.key.sport()) {
         return drop(limited);
     }
-    Verdict::new(Action::Back, sent)
+    // By the VLAN device that it came in by, with its tag.
+    let iface = t.iface(p.ifindex());
+    let tagged = iface.ifindex == p.ifindex() && iface.lower != 0;
+    Verdict::new(if tagged { Action::Out(iface.ifindex | hop::VLAN) } else { Action::Back }, sent)
 }

@@ -17,7 +17,7 @@ use crate::conn::{self, Conns, fullnat as lent};
 use crate::core::replied;
 use crate::csum::Delta;
 use crate::ct::{self, Buckets, Found, Key};
-use crate::options::{self, Edit, TOA};
+use crate::options::{Edit, TOA};
 use crate::packet::{Flow, Ip, Packet, Window};
 use crate::proto::tcp;
 use crate::tables::{Of, Route, Tables, Walker};
@@ -148,7 +148,7 @@ pub fn introduce<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I
     let Some((sequence, acknowledged, header)) = numbers::<I, P>(p) else { return drop(Reason::Internal) };
     let syn = flow.flags & tcp::SYN != 0;
     let edit = Edit { timestamps: syn, toa: true, mss_less: 0, sack: 0 };
-    let Some(mut changed) = options::edit::<I, P, T>(p, t, header, edit) else { return drop(Reason::Internal) };
+    let Some(mut changed) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
     let mut length = Delta::default();
     let mut number = slot | INTRODUCED;
     if syn {
@@ -338,7 +338,7 @@ pub fn reply_options<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Fl
     }
     let mss_less = if syn { told_length::<I>() as u16 } else { 0 };
     let edit = Edit { timestamps: false, toa: false, mss_less, sack: side.delta.wrapping_neg() };
-    let Some(changed) = options::edit::<I, P, T>(p, t, header, edit) else { return drop(Reason::Internal) };
+    let Some(changed) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
     if !p.fix_transport(I::L4 + 16, false, Delta::default(), changed) {
         return drop(Reason::Internal);
     }

@@ -10,6 +10,8 @@ pub mod conn;
 pub mod core;
 pub mod csum;
 pub mod ct;
+pub mod far;
+pub mod frag;
 pub mod fullnat;
 pub mod icmp;
 #[cfg(any(test, feature = "mem"))]
@@ -22,4 +24,5 @@ pub mod sched;
 pub mod tables;
 pub mod tunnel;
 pub mod verdict;
+pub mod vlan;
 pub mod xmit;

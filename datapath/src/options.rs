@@ -1,8 +1,7 @@
-//! TCP options, changed in place: byte by byte from the first on, so that every offset is a number that a verifier knows.
+//! TCP options, changed in place, byte by byte.
 
 use crate::csum::Delta;
-use crate::packet::{Ip, Packet, Window};
-use crate::tables::Tables;
+use crate::packet::{Packet, Window};
 
 const END: u8 = 0;
 const NOP: u8 = 1;
@@ -28,88 +27,87 @@ pub struct Edit {
 }
 
 /// Longest options.
-const MOST: usize = 40;
+pub const MOST: usize = 40;
 
-/// Where the walk is: `done:8 | left:8 | kind:8`, the kind of the option (END: between two of them), how much of its body is left and how much
-/// is done. One word, of which a verifier is to know nothing: else it would go through every way that options can follow each other.
-#[derive(Clone, Copy)]
-struct At(u32);
-
-impl At {
-    #[inline(always)]
-    fn kind(self) -> u8 {
-        self.0 as u8
-    }
-    #[inline(always)]
-    fn left(self) -> u32 {
-        self.0 >> 8 & 0xff
-    }
-    #[inline(always)]
-    fn done(self) -> u32 {
-        self.0 >> 16
-    }
-    #[inline(always)]
-    fn body(kind: u8, left: u32) -> At {
-        At(if left == 0 { 0 } else { left << 8 | u32::from(kind) })
-    }
-    /// One more byte of the body.
-    #[inline(always)]
-    fn on(self) -> At {
-        if self.left() == 1 { At(0) } else { At(self.0 + (1 << 16) - (1 << 8)) }
-    }
+/// Options being edited, byte by byte: a packet calls [`Editing::step`] for each, in order, until it says that it is done.
+pub struct Editing {
+    edit: Edit,
+    /// Where the TCP header begins, and its length.
+    l4: usize,
+    header: u32,
+    /// `short:1 | done:8 | left:8 | kind:8`: the kind of the option (END: between two of them), how much of its body is left and how much is done;
+    /// or the packet is shorter than it says.
+    state: u32,
+    delta: Delta,
 }
 
-/// Edit the options of a segment whose TCP header, `header` bytes long, has been checked. The change of the checksum; `None`: the packet
-/// is shorter than it says. Options that are cut short or lie about their length end the walk, as in the kernel.
-#[inline(always)]
-pub fn edit<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, header: u32, edit: Edit) -> Option<Delta> {
-    let mut delta = Delta::default();
-    // What a verifier knows nothing of.
-    let noise = p.bytes(I::L4 + 4, 4)?.r32(0);
-    let mut state = At(0);
-    let mut i = 0;
-    while i < MOST {
-        let at = I::L4 + 20 + i;
-        if 20 + i as u32 >= header {
-            break;
+const SHORT: u32 = 1 << 24;
+
+impl Editing {
+    /// `nothing` is 0; who runs in BPF makes the verifier believe that it may be anything: in a loop it may.
+    #[inline(always)]
+    pub fn new(edit: Edit, l4: usize, header: u32, nothing: u32) -> Editing {
+        Editing { edit, l4, header, state: nothing, delta: Delta::default() }
+    }
+    /// The change of the checksum; `None`: the packet is shorter than it says. Options that are cut short or lie about their length end the
+    /// walk, as in the kernel.
+    #[inline(always)]
+    pub fn end(&self) -> Option<Delta> {
+        (self.state & SHORT == 0).then_some(self.delta)
+    }
+    /// The byte number `i` of the options. True: that is all.
+    #[inline(always)]
+    pub fn step<P: Packet>(&mut self, p: &mut P, i: usize) -> bool {
+        if 20 + i as u32 >= self.header {
+            return true;
         }
-        state = At(t.blur(state.0, noise));
-        let byte = p.bytes(at, 1)?.r8(0);
-        if state.left() != 0 {
-            delta = body(p, i, at, state, &edit, delta)?;
-            state = state.on();
-        } else if state.kind() != END {
-            // Its length.
-            if byte < 2 || i as u32 + 19 + u32::from(byte) > header {
-                break;
+        match self.byte(p, i) {
+            Some(done) => done,
+            None => {
+                self.state = SHORT;
+                true
             }
-            let (kind, left) = (state.kind(), u32::from(byte) - 2);
-            if blank(kind, &edit) {
-                delta = put(p, i - 1, at - 1, NOP, delta)?;
-                delta = put(p, i, at, NOP, delta)?;
+        }
+    }
+    #[inline(always)]
+    fn byte<P: Packet>(&mut self, p: &mut P, i: usize) -> Option<bool> {
+        let at = self.l4 + 20 + i;
+        let byte = p.beyond(at, 1)?.r8(0);
+        let (kind, left, done) = (self.state as u8, self.state >> 8 & 0xff, self.state >> 16 & 0xff);
+        if left != 0 {
+            self.delta = body(p, i, at, kind, done, &self.edit, self.delta)?;
+            self.state = if left == 1 { 0 } else { (done + 1) << 16 | (left - 1) << 8 | u32::from(kind) };
+        } else if kind != END {
+            // Its length.
+            if byte < 2 || i as u32 + 19 + u32::from(byte) > self.header {
+                return Some(true);
+            }
+            let left = u32::from(byte) - 2;
+            if blank(kind, &self.edit) {
+                self.delta = put(p, i - 1, at - 1, NOP, self.delta)?;
+                self.delta = put(p, i, at, NOP, self.delta)?;
             }
             // Only whole values are looked at.
             let whole = (kind != MSS || left == 2) && (kind != SACK || left & 7 == 0);
-            state = At::body(if whole { kind } else { NOP }, left);
+            let kind = if whole { kind } else { NOP };
+            self.state = if left == 0 { 0 } else { left << 8 | u32::from(kind) };
         } else if byte == END {
-            break;
+            return Some(true);
         } else {
-            state = At(if byte == NOP { 0 } else { u32::from(byte) });
+            self.state = if byte == NOP { 0 } else { u32::from(byte) };
         }
-        i += 1;
+        Some(false)
     }
-    Some(delta)
 }
 
-/// A byte of an option's body.
+/// A byte of an option's body, `done` bytes into it.
 #[inline(always)]
-fn body<P: Packet>(p: &mut P, i: usize, at: usize, state: At, edit: &Edit, delta: Delta) -> Option<Delta> {
-    let kind = state.kind();
+fn body<P: Packet>(p: &mut P, i: usize, at: usize, kind: u8, done: u32, edit: &Edit, delta: Delta) -> Option<Delta> {
     if blank(kind, edit) {
         put(p, i, at, NOP, delta)
-    } else if kind == MSS && state.done() == 0 && edit.mss_less != 0 {
+    } else if kind == MSS && done == 0 && edit.mss_less != 0 {
         lower(p, i, at, edit.mss_less, delta)
-    } else if kind == SACK && state.done() & 3 == 0 && edit.sack != 0 {
+    } else if kind == SACK && done & 3 == 0 && edit.sack != 0 {
         shift(p, i, at, edit.sack, delta)
     } else {
         Some(delta)
@@ -124,7 +122,7 @@ fn blank(kind: u8, edit: &Edit) -> bool {
 /// A byte at offset `i` of the options, which begin on an even one.
 #[inline(always)]
 fn put<P: Packet>(p: &mut P, i: usize, at: usize, byte: u8, delta: Delta) -> Option<Delta> {
-    let mut w = p.bytes(at, 1)?;
+    let mut w = p.beyond(at, 1)?;
     let old = w.r8(0);
     w.w8(0, byte);
     let word = |b: u8| if i.is_multiple_of(2) { u16::from_ne_bytes([b, 0]) } else { u16::from_ne_bytes([0, b]) };
@@ -139,7 +137,7 @@ fn paired(i: usize, word: u16) -> u16 {
 
 #[inline(always)]
 fn lower<P: Packet>(p: &mut P, i: usize, at: usize, less: u16, delta: Delta) -> Option<Delta> {
-    let mut w = p.bytes(at, 2)?;
+    let mut w = p.beyond(at, 2)?;
     let old = w.r16(0);
     let mss = u16::from_be(old);
     // One that small is nobody's who means it.
@@ -150,7 +148,7 @@ fn lower<P: Packet>(p: &mut P, i: usize, at: usize, less: u16, delta: Delta) -> 
 
 #[inline(always)]
 fn shift<P: Packet>(p: &mut P, i: usize, at: usize, by: u32, delta: Delta) -> Option<Delta> {
-    let mut w = p.bytes(at, 4)?;
+    let mut w = p.beyond(at, 4)?;
     let old = w.r32(0);
     let new = u32::from_be(old).wrapping_add(by).to_be();
     w.w32(0, new);

@@ -1,9 +1,14 @@
 //! Packets: access to their bytes, and what their headers say. Offsets are those of untagged Ethernet and IP headers without options;
-//! what differs is recognised and left to the kernel.
+//! what differs is recognised, and goes on as [`crate::far`] shows it.
+
+use ::core::hint::cold_path;
 
 use crate::conn::{self, Addressing};
 use crate::csum::Delta;
 use crate::ct::{Key, V4, V6};
+use crate::far::{Extras, Far, Place, Walk, Walked};
+use crate::frag::Part;
+use crate::options::Edit;
 use crate::verdict::{Reason, Stage, Verdict, drop, pass};
 
 /// A packet in memory, at its Ethernet header.
@@ -13,18 +18,27 @@ pub trait Packet {
         Self: 'a;
     /// The first `len` bytes; `None` if the packet is shorter. `len` is a constant wherever this is called.
     fn window(&mut self, len: usize) -> Option<Self::W<'_>>;
+    /// The same at offsets from `by` bytes further on (fewer than 2048): those of headers behind extra ones. Of a packet that hides extra
+    /// headers itself, only offsets behind those.
+    fn beyond(&mut self, by: usize, len: usize) -> Option<Self::W<'_>>;
     /// Length with the Ethernet header.
     fn frame_len(&self) -> u32;
     /// Interface it came in by.
     fn ifindex(&self) -> u32;
-    /// The TCP or UDP checksum at `at` after a change of the pseudo-header (`addresses`) and of the transport header (`ports`).
+    /// Along the extension headers.
+    fn walk(&mut self, walk: Walk) -> Walked;
+    /// The checksum of a TCP, UDP or ICMP header at `at`, after a change of the pseudo-header (`addresses`) and of the transport header (`ports`).
     /// A method, since the kernel keeps unfinished checksums that only it can change. False: the packet is too short.
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool;
-    /// `len` bytes from `at` on, a small number that need not be a constant.
-    fn bytes(&mut self, at: usize, len: usize) -> Option<Self::W<'_>>;
+    /// An address has changed that no transport checksum in this packet makes up for. A method, since the kernel may have summed it up.
+    #[inline(always)]
+    fn changed_address<I: Ip>(&mut self, _delta: Delta) {}
     /// Have the first `len` bytes where [`Self::window`] can reach them, if there are so many.
     #[inline(always)]
     fn reach(&mut self, _len: usize) {}
+    /// Edit the options of a TCP segment, whose header length has been checked; one behind extra headers is left as it is. As
+    /// [`crate::options::Editing::end`].
+    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta>;
     /// Make room for `n` bytes at `at`, in the transport header or right behind it: what is there moves back, or what is before it to the
     /// front. The new bytes are undefined. False: it can't be done, and nothing is changed (or the packet is lost).
     fn open_gap(&mut self, at: usize, n: usize) -> bool;
@@ -44,6 +58,23 @@ pub trait Packet {
     fn wrapped<I: Ip>(&mut self, _n: usize) {}
     /// Cut the packet to `len` bytes.
     fn cut(&mut self, len: usize) -> bool;
+}
+
+/// A packet as it lies in memory, from its Ethernet header on.
+pub trait Frame: Packet {
+    /// The first `near` bytes, and [`Packet::beyond`].
+    fn windows(&mut self, near: usize, by: usize, len: usize) -> Option<(Self::W<'_>, Self::W<'_>)>;
+    /// Take `n` bytes off in front.
+    fn shrink_head(&mut self, n: usize) -> bool;
+    /// It counts as come in by this interface from now on.
+    fn came_by(&mut self, ifindex: u32);
+    /// [`Packet::fix_transport`] behind `by` bytes of extra headers.
+    fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool;
+    /// `n`, a multiple of four below 512, so that BPF's verifier knows only that. `noise` is any number that it does not know.
+    #[inline(always)]
+    fn blur(n: usize, _noise: usize) -> usize {
+        n
+    }
 }
 
 /// Checked bytes; numbers as they lie in memory (network order on the wire, so compare with `to_be` constants).
@@ -97,19 +128,21 @@ pub trait Ip: Addressing {
     fn martian(source: Self::Addr) -> bool;
     /// ICMP type of an error?
     fn is_error(kind: u8) -> bool;
-    /// Transport protocol of a quoted packet, `within` bytes further on than a packet of its own; `None`: its ports are not there.
-    fn quoted_protocol(w: &impl Window, within: usize) -> Option<u8>;
     /// A quoted header whose addresses have changed: the change of its sum.
     fn fix_quoted_header(w: &mut impl Window, within: usize, addresses: Delta) -> Delta;
     /// Length of the IP packet, as its header says.
     fn total_len(w: &impl Window) -> u32;
+    /// Key words as a slice; an address in two words and back (none is 0).
+    fn slice(words: &Self::Words) -> &[u64];
+    fn pair(address: Option<Self::Addr>) -> [u64; 2];
+    fn from_pair(pair: [u64; 2]) -> Self::Addr;
     /// Ones-complement sum of an address.
     fn sum(address: Self::Addr) -> u64;
     /// TOS; flags and offset as the header of a tunnel is to have them, in host order (only DF); id.
     fn service(w: &impl Window) -> (u8, u16, u16);
     /// May routers fragment the packet? (IPv4 without DF.)
     fn may_fragment<P: Packet>(p: &mut P) -> bool;
-    /// Ones-complement sum of a whole packet of this length whose checksums are right.
+    /// Ones-complement sum of a whole packet whose checksums are right, of its length without extra headers. (IPv6: it has none.)
     fn whole_sum(w: &impl Window, protocol: u8, len: u32) -> u64;
     /// A header from source to destination, with the length of what follows it; TOS and TTL; id and flags (IPv4).
     fn set_header(
@@ -120,8 +153,8 @@ pub trait Ip: Addressing {
         tos_ttl: [u8; 2],
         id_fragment: [u16; 2],
     );
-    /// Header sanity. Gives the transport protocol and the length of the IP packet.
-    fn check(w: &impl Window, frame_len: u32) -> Result<(u8, u32), Verdict>;
+    /// Transport protocol and length of the IP packet, if its header is sane and plain.
+    fn plain(w: &impl Window, frame_len: u32) -> Option<(u8, u32)>;
     /// TTL - 1, and the header checksum for that (`ip_decrease_ttl`). The TTL is not 0.
     fn count_down(w: &mut impl Window);
     /// TTL - 1, and the header checksum for that and for `addresses`. The TTL is not 0.
@@ -177,23 +210,13 @@ impl Ip for V4 {
         first == 0 || first == 127 || first >= 224
     }
     #[inline(always)]
-    fn check(w: &impl Window, frame_len: u32) -> Result<(u8, u32), Verdict> {
-        let version_ihl = w.r8(L3);
-        let len = u32::from(u16::from_be(w.r16(L3 + 2)));
-        if version_ihl != 0x45 {
-            let ihl = u32::from(version_ihl & 0xf) * 4;
-            let wrong = version_ihl >> 4 != 4 || ihl < 20 || len < ihl || len > frame_len - L3 as u32;
-            return Err(if wrong { drop(Reason::Malformed) } else { pass(Reason::Options) });
-        }
+    fn plain(w: &impl Window, frame_len: u32) -> Option<(u8, u32)> {
+        let len = Self::total_len(w);
         // Too small or too large, in one comparison: the header is there.
-        if len.wrapping_sub(20) > frame_len.wrapping_sub(Self::L4 as u32) {
-            return Err(drop(Reason::Malformed));
-        }
+        let fits = len.wrapping_sub(20) <= frame_len.wrapping_sub(Self::L4 as u32);
         // More fragments to come, or an offset.
-        if w.r16(L3 + 6) & 0x3fffu16.to_be() != 0 {
-            return Err(pass(Reason::Fragment));
-        }
-        Ok((w.r8(L3 + 9), len))
+        let fragment = w.r16(L3 + 6) & 0x3fffu16.to_be() != 0;
+        (w.r8(L3) == 0x45 && fits && !fragment).then(|| (w.r8(L3 + 9), len))
     }
     #[inline(always)]
     fn count_down(w: &mut impl Window) {
@@ -212,17 +235,24 @@ impl Ip for V4 {
         matches!(kind, 3 | 4 | 11)
     }
     #[inline(always)]
-    fn quoted_protocol(w: &impl Window, within: usize) -> Option<u8> {
-        let first = w.r16(L3 + 6 + within) & 0x1fffu16.to_be() == 0;
-        (w.r8(L3 + within) == 0x45 && first).then(|| w.r8(L3 + 9 + within))
-    }
-    #[inline(always)]
     fn fix_quoted_header(w: &mut impl Window, within: usize, addresses: Delta) -> Delta {
         crate::related::fix_checksum(w, L3 + 10 + within, addresses)
     }
     #[inline(always)]
     fn total_len(w: &impl Window) -> u32 {
         u32::from(u16::from_be(w.r16(L3 + 2)))
+    }
+    #[inline(always)]
+    fn slice(words: &[u64; 1]) -> &[u64] {
+        words
+    }
+    #[inline(always)]
+    fn pair(address: Option<u32>) -> [u64; 2] {
+        [u64::from(address.unwrap_or(0)), 0]
+    }
+    #[inline(always)]
+    fn from_pair([address, _]: [u64; 2]) -> u32 {
+        address as u32
     }
     #[inline(always)]
     fn sum(address: u32) -> u64 {
@@ -330,17 +360,9 @@ impl Ip for V6 {
         multicast || zero || one
     }
     #[inline(always)]
-    fn check(w: &impl Window, frame_len: u32) -> Result<(u8, u32), Verdict> {
-        let len = u32::from(u16::from_be(w.r16(L3 + 4))) + 40;
-        if w.r8(L3) >> 4 != 6 || len > frame_len - L3 as u32 {
-            return Err(drop(Reason::Malformed));
-        }
-        match w.r8(L3 + 6) {
-            44 => Err(pass(Reason::Fragment)),
-            // Hop-by-hop, routing, destination options, authentication, mobility, HIP, shim6.
-            0 | 43 | 60 | 51 | 135 | 139 | 140 => Err(pass(Reason::Options)),
-            protocol => Ok((protocol, len)),
-        }
+    fn plain(w: &impl Window, frame_len: u32) -> Option<(u8, u32)> {
+        let len = Self::total_len(w);
+        (w.r8(L3) >> 4 == 6 && len <= frame_len - L3 as u32).then(|| (w.r8(L3 + 6), len))
     }
     #[inline(always)]
     fn count_down(w: &mut impl Window) {
@@ -358,16 +380,24 @@ impl Ip for V6 {
         matches!(kind, 1..=4)
     }
     #[inline(always)]
-    fn quoted_protocol(w: &impl Window, within: usize) -> Option<u8> {
-        (w.r8(L3 + within) >> 4 == 6).then(|| w.r8(L3 + 6 + within))
-    }
-    #[inline(always)]
     fn fix_quoted_header(_: &mut impl Window, _: usize, addresses: Delta) -> Delta {
         addresses
     }
     #[inline(always)]
     fn total_len(w: &impl Window) -> u32 {
         u32::from(u16::from_be(w.r16(L3 + 4))) + 40
+    }
+    #[inline(always)]
+    fn slice(words: &[u64; 4]) -> &[u64] {
+        words
+    }
+    #[inline(always)]
+    fn pair(address: Option<[u64; 2]>) -> [u64; 2] {
+        address.unwrap_or([0, 0])
+    }
+    #[inline(always)]
+    fn from_pair(pair: [u64; 2]) -> [u64; 2] {
+        pair
     }
     #[inline(always)]
     fn sum(a: [u64; 2]) -> u64 {
@@ -421,6 +451,10 @@ pub struct Flow<I: Ip> {
     /// TCP flags byte; 0 for UDP.
     pub flags: u8,
     pub ttl: u8,
+    /// Bytes of extra headers before the transport header.
+    pub by: u16,
+    /// Of a fragment that is not the first one, the ports are not known, and 0 here.
+    pub part: Part,
     /// Length of the IP packet.
     pub len: u32,
 }
@@ -445,35 +479,65 @@ impl<I: Ip> Flow<I> {
     }
 }
 
-/// From bytes to flow; `Err` is what becomes of a packet that has none.
+/// From bytes to flow, of a plain packet; `Err` is what becomes of any other, and of one that has none.
 #[inline(always)]
 pub fn parse<I: Ip, P: Packet>(p: &mut P) -> Result<Flow<I>, Verdict> {
     let frame_len = p.frame_len();
-    let (protocol, len) = {
+    let plain = {
         let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
-        I::check(&w, frame_len)?
+        I::plain(&w, frame_len)
     };
+    match plain {
+        Some((protocol @ (IP_TCP | IP_UDP | IP_ICMP | IP_ICMP6), len)) => {
+            transport(p, &Place { protocol, by: 0, len, part: Part::WHOLE })
+        }
+        _ => {
+            cold_path();
+            Err(Verdict::go(Stage::Far, 0))
+        }
+    }
+}
+
+/// The same of a packet whose transport header is looked for, and found.
+#[inline(always)]
+pub fn parse_far<'p, I: Extras, P: Frame>(p: &'p mut P) -> Result<(Far<'p, I, P>, Flow<I>), Verdict> {
+    let place = I::find(p)?;
+    let mut far = Far::new(p, place.by);
+    let flow = transport(&mut far, &place)?;
+    Ok((far, flow))
+}
+
+/// Flow of a packet that shows as a plain one.
+#[inline(always)]
+fn transport<I: Ip, P: Packet>(p: &mut P, place: &Place) -> Result<Flow<I>, Verdict> {
+    let Place { protocol, by, len, part } = *place;
     let (tcp, header) = match protocol {
         IP_TCP => (true, 20),
         IP_UDP => (false, 8),
-        IP_ICMP | IP_ICMP6 => return Err(Verdict::go(Stage::Related, 0)),
+        IP_ICMP | IP_ICMP6 if part.is_whole() => return Err(Verdict::go(Stage::Related, 0)),
+        IP_ICMP | IP_ICMP6 => return Err(pass(Reason::Fragment)),
         _ => return Err(pass(Reason::OtherProtocol)),
     };
-    if len < (I::HEADER + header) as u32 {
-        return Err(pass(Reason::ShortTransport));
-    }
-    let (ports, flags) = if tcp {
-        let Some(w) = p.window(I::L4 + 20) else { return Err(pass(Reason::ShortTransport)) };
+    // Of a datagram's first fragment, the header is nowhere else.
+    let short = if part.is_whole() { pass(Reason::ShortTransport) } else { drop(Reason::FragmentTiny) };
+    // `by` bytes and the IP header are within it.
+    let plain = len - by as u32;
+    let (ports, flags) = if part.is_later() {
+        (0, 0)
+    } else if plain < (I::HEADER + header) as u32 {
+        return Err(short);
+    } else if tcp {
+        let Some(w) = p.window(I::L4 + 20) else { return Err(short) };
         let doff = u32::from(w.r8(I::L4 + 12) >> 4) * 4;
-        if doff < 20 || doff > len - I::HEADER as u32 {
-            return Err(pass(Reason::ShortTransport));
+        if doff < 20 || doff > plain - I::HEADER as u32 {
+            return Err(short);
         }
         (w.r32(I::L4), w.r8(I::L4 + 13))
     } else {
-        let Some(w) = p.window(I::L4 + 8) else { return Err(pass(Reason::ShortTransport)) };
+        let Some(w) = p.window(I::L4 + 8) else { return Err(short) };
         (w.r32(I::L4), 0)
     };
     let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
     let key = Key::of(I::addresses(&w), u32::from_be(ports), if tcp { conn::TCP } else { conn::UDP });
-    Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), len })
+    Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len })
 }

@@ -3,12 +3,13 @@
 //! no state.
 //!
 //! ```text
-//! IP header | ICMP 8 | quoted IP header | its first 8 bytes: the ports
+//! IP header | ICMP 8 | quoted IP header | its extra headers | their first 8 bytes behind: the ports
 //! ```
 
 use crate::conn;
 use crate::csum::{self, Delta};
 use crate::ct::Key;
+use crate::far::Extras;
 use crate::packet::{IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 use crate::xmit::End;
 
@@ -16,6 +17,8 @@ use crate::xmit::End;
 pub struct Related<I: Ip> {
     pub key: Key<I::Words>,
     pub ttl: u8,
+    /// Bytes of extra headers in what it quotes.
+    pub by: usize,
     /// Length of the whole IP packet.
     pub len: u32,
 }
@@ -26,48 +29,56 @@ const fn quote<I: Ip>() -> usize {
     I::L4 + 8
 }
 
-/// `None`: no error, or about nothing that a flow of ours could send. Its outer header has been looked at, but not its end.
+/// `None`: no error, or about nothing that a flow of ours could send. Its outer header has been looked at, but not its end; `by` bytes of
+/// extra headers follow it.
 #[inline(always)]
-pub fn look<I: Ip, P: Packet>(p: &mut P) -> Option<Related<I>> {
-    let w = p.window(quote::<I>() + I::HEADER + 8)?;
-    let len = I::total_len(&w);
+pub fn look<I: Extras, P: Packet>(p: &mut P, by: usize) -> Option<Related<I>> {
+    let within = quote::<I>() - L3;
+    let (len, ttl, from, to) = {
+        let w = p.window(quote::<I>() + I::HEADER)?;
+        let (from, to) = (I::address(&w, I::SOURCE + within), I::address(&w, I::DESTINATION + within));
+        // An error goes to whom it quotes.
+        if !I::is_error(w.r8(I::L4)) || I::address(&w, I::DESTINATION) != from {
+            return None;
+        }
+        (I::total_len(&w), w.r8(I::TTL), from, to)
+    };
+    let (protocol, quoted_by) = I::find_quoted(p, within)?;
     // All of it within the packet, not in what Ethernet pads it with.
-    if !I::is_error(w.r8(I::L4)) || len < (quote::<I>() - L3 + I::HEADER + 8) as u32 {
+    if (len as usize) < within + I::HEADER + 8 + by + quoted_by {
         return None;
     }
-    let within = quote::<I>() - L3;
-    let protocol = I::quoted_protocol(&w, within)?;
     let proto = match protocol {
         IP_TCP => conn::TCP,
         IP_UDP => conn::UDP,
         _ => return None,
     };
-    let (from, to) = (I::address(&w, I::SOURCE + within), I::address(&w, I::DESTINATION + within));
-    // An error goes to whom it quotes.
-    if I::address(&w, I::DESTINATION) != from {
-        return None;
-    }
-    let ports = u32::from_be(w.r32(quote::<I>() + I::HEADER));
+    let ports = u32::from_be(p.beyond(quoted_by, quote::<I>() + I::HEADER + 8)?.r32(quote::<I>() + I::HEADER));
     let key = Key::of(I::words(to, from), ports.rotate_left(16), proto);
-    Some(Related { key, ttl: w.r8(I::TTL), len })
+    Some(Related { key, ttl, by: quoted_by, len })
 }
 
-/// Put an address and a port in the place of those of one end, and, in what is quoted, of the other end: `end` is that of the error itself.
-/// `forward`: count the TTL down too. False: too short.
+/// Put an address and a port in the place of those of one end, and, in what is quoted (which has `by` bytes of extra headers), of the
+/// other end: `end` is that of the error itself. `forward`: count the TTL down too. False: too short.
 #[inline(always)]
-pub fn translate<I: Ip, P: Packet>(p: &mut P, end: End, address: I::Addr, port: u16, forward: bool) -> bool {
+pub fn translate<I: Ip, P: Packet>(p: &mut P, end: End, address: I::Addr, port: u16, by: usize, forward: bool) -> bool {
     let within = quote::<I>() - L3;
     let (at, quoted_at, port_at) = match end {
         End::Source => (I::SOURCE, I::DESTINATION + within, quote::<I>() + I::HEADER + 2),
         End::Destination => (I::DESTINATION, I::SOURCE + within, quote::<I>() + I::HEADER),
     };
     let port = port.to_be();
+    let ports = {
+        let Some(mut w) = p.beyond(by, quote::<I>() + I::HEADER + 8) else { return false };
+        let old = w.r16(port_at);
+        w.w16(port_at, port);
+        Delta::default().replace16(old, port)
+    };
     let (outer, rest) = {
-        let Some(mut w) = p.window(quote::<I>() + I::HEADER + 8) else { return false };
-        let (old, quoted, old_port) = (I::address(&w, at), I::address(&w, quoted_at), w.r16(port_at));
+        let Some(mut w) = p.window(quote::<I>() + I::HEADER) else { return false };
+        let (old, quoted) = (I::address(&w, at), I::address(&w, quoted_at));
         I::set_address(&mut w, at, address);
         I::set_address(&mut w, quoted_at, address);
-        w.w16(port_at, port);
         let outer = I::delta(old, address);
         if forward {
             I::forward_header(&mut w, outer);
@@ -75,7 +86,6 @@ pub fn translate<I: Ip, P: Packet>(p: &mut P, end: End, address: I::Addr, port: 
             I::fix_header(&mut w, outer);
         }
         let inner = I::delta(quoted, address);
-        let ports = Delta::default().replace16(old_port, port);
         (outer, ports.and(I::fix_quoted_header(&mut w, within, inner)))
     };
     // ICMPv6 sums up the addresses of the packet it is in, ICMP does not.

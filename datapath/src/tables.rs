@@ -1,8 +1,9 @@
 //! What the pipeline reads and writes beside the packet: the maps of `abi`, as a trait. BPF maps in the kernel, plain memory in tests.
 
-use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Local, Service, ServiceKey, Tunnel};
+use crate::abi::{Config, Dest, Hop, Iface, ListEntry, Local, Service, ServiceKey, Tunnel, Vlan};
 use crate::conn::Conns;
 use crate::ct::{V4, V6};
+use crate::frag;
 use crate::packet::{Flow, Ip};
 
 /// A scheduler's word in `abi::ServiceState`.
@@ -32,6 +33,8 @@ pub trait Tables {
     fn config(&self) -> &Config;
     /// What lies in the place of this interface: its own, if the number says so.
     fn iface(&self, ifindex: u32) -> Iface;
+    /// What lies at this place.
+    fn vlan(&self, place: u32) -> Vlan;
     fn service_index(&self, key: &ServiceKey) -> Option<u32>;
     fn service(&self, index: u32) -> Option<&Service>;
     fn dest(&self, index: u32) -> Option<&Dest>;
@@ -43,6 +46,27 @@ pub trait Tables {
     fn reply_hop(&self, index: u8) -> Option<&Hop>;
     /// A number for a next hop of replies; 0 if there is no place for it.
     fn keep_reply_hop(&self, hop: &Hop) -> u8;
+
+    /// [`frag::leave`] and [`frag::find`]; functions of their own where there is a limit to how large they may be.
+    #[inline(always)]
+    fn leave_note(&self, key: &frag::Key, note: &frag::Note) -> bool
+    where
+        Self: Sized,
+    {
+        frag::leave(self, key, note, self.conns4().now_s())
+    }
+    #[inline(always)]
+    fn find_note(&self, key: &frag::Key) -> frag::Found
+    where
+        Self: Sized,
+    {
+        frag::find(self, key, self.conns4().now_s())
+    }
+    /// A word of the notes about fragments.
+    fn fragment(&self, place: u32, word: u32) -> u64;
+    fn set_fragment(&self, place: u32, word: u32, value: u64);
+    /// Compare-and-swap of the control word.
+    fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool;
 
     fn machine(&self, service: u32, which: Machine) -> u64;
     /// Compare-and-swap; false: somebody else was faster.

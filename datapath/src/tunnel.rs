@@ -63,21 +63,30 @@ pub fn wrap<I: Ip, O: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, t: &Tunnel, to: 
 /// Count the TTL down, and see what the outer headers need.
 #[inline(always)]
 fn look<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>) -> Option<Inner> {
-    let mut w = p.window(I::L4 + 8)?;
-    I::count_down(&mut w);
-    let (tos, fragment, id) = I::service(&w);
-    // The sum of a TCP or UDP segment is that of its pseudo-header, inverted, if its checksum is right; and if it is not, the outer one
-    // will not be either.
-    let checked = flow.tcp || w.r16(I::L4 + 6) != 0;
-    let ports = w.r32(I::L4);
-    let spread = (ports ^ ports >> 16).wrapping_mul(0x9e37_79b1) >> 18;
+    let (tos, fragment, id) = {
+        let mut w = p.window(I::L4)?;
+        I::count_down(&mut w);
+        I::service(&w)
+    };
+    // The same for all packets of a flow, or all fragments of a datagram.
+    let (mut noise, mut checked, mut sum) = (flow.part.id(), false, 0);
+    if flow.part.is_whole() {
+        let w = p.window(I::L4 + 8)?;
+        noise = w.r32(I::L4);
+        // The sum of a TCP or UDP segment is that of its pseudo-header, inverted, if its checksum is right; and if it is not, the outer one
+        // will not be either.
+        checked = flow.tcp || w.r16(I::L4 + 6) != 0;
+        sum = I::whole_sum(&w, flow.protocol(), flow.len - u32::from(flow.by));
+    }
+    let spread = (noise ^ noise >> 16).wrapping_mul(0x9e37_79b1) >> 18;
     Some(Inner {
         len: flow.len as u16,
         tos,
         ttl: flow.ttl.wrapping_sub(1),
         fragment,
-        id,
-        sum: I::whole_sum(&w, flow.protocol(), flow.len),
+        // Fragments of one datagram are packets of their own outside.
+        id: id ^ flow.part.at().wrapping_mul(0x9e37),
+        sum,
         summed: checked,
         // The range of RFC 6335 for what nobody registers.
         entropy: 0xc000 | spread as u16,

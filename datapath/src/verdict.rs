@@ -1,5 +1,7 @@
 //! The one way out: what happens to a packet, and why. Each reason has a counter; all counters together are the packets seen.
 
+use crate::abi::hop;
+
 /// What the entry point does with the packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
@@ -61,10 +63,18 @@ pub enum Stage {
     ReplyOptions = 20,
     /// ... such a reply on its way; the number is the slot of the connection's forward entry, and where it goes.
     FullnatSend = 21,
+    /// A packet with IPv4 options or IPv6 extension headers: as [`Stage::Whole`].
+    Far = 22,
+    /// A fragment that is not the first one.
+    Fragment = 23,
+    /// A first fragment, which leaves word for those after it, if its connection is there; it then goes on in [`Stage::Far`] with the number 1.
+    Note = 24,
+    /// An ICMP error about a connection by full NAT.
+    ErrorLent = 25,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
-/// sign says, `1:1 | 0:15 | number:32 | 0:8 | stage:8`.
+/// sign says, `1:1 | 0:15 | number:32 | 0:8 | stage:8` ([`Verdict::TAGGED`] has bit 15).
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Verdict(u64);
@@ -77,6 +87,8 @@ const GO: u64 = 1 << 63;
 const RESOLVE: u64 = 1 << 16;
 
 impl Verdict {
+    /// None yet: the frame has VLAN tags, and what it came in by is to be found out first.
+    pub const TAGGED: Verdict = Verdict(GO | 1 << 15);
     #[inline(always)]
     pub fn new(action: Action, reason: Reason) -> Verdict {
         let action = match action {
@@ -130,7 +142,11 @@ impl Verdict {
             18 => Stage::Introduce,
             19 => Stage::FullnatReply,
             20 => Stage::ReplyOptions,
-            _ => Stage::FullnatSend,
+            21 => Stage::FullnatSend,
+            22 => Stage::Far,
+            23 => Stage::Fragment,
+            24 => Stage::Note,
+            _ => Stage::ErrorLent,
         };
         Some((stage, (self.0 >> 16) as u32))
     }
@@ -142,6 +158,11 @@ impl Verdict {
             UP => Action::Up,
             _ => Action::Drop,
         }
+    }
+    /// Out of a VLAN device ([`hop::VLAN`]), of a packet that goes no further?
+    #[inline(always)]
+    pub fn is_by_vlan(self) -> bool {
+        self.0 >> 62 != 0
     }
     /// Number of its reason's counter.
     #[inline(always)]
@@ -160,6 +181,8 @@ impl Verdict {
         Verdict(word)
     }
 }
+
+const _: () = assert!(hop::VLAN == 1 << 30);
 
 impl core::fmt::Debug for Verdict {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
@@ -213,8 +236,9 @@ reasons! {
     OtherInterface "other_interface" Pass "interface not in the configuration";
     OtherProtocol "other_protocol" Pass "neither TCP nor UDP";
     Icmp "icmp" Pass "ICMP: the kernel answers or forwards";
-    Options "ip_options" Pass "IP options or extension headers: left to the kernel";
-    Fragment "fragment" Pass "a fragment: left to the kernel";
+    Options "ip_options" Pass "more extension headers than are looked through: left to the kernel";
+    SourceRoute "source_route" Pass "a routing header says that this is not its last destination: left to the kernel";
+    Fragment "fragment" Pass "a fragment of ICMP, or of a datagram whose first fragment was none of ours or has not come yet";
     ShortTransport "short_transport" Pass "TCP or UDP header cut short or too small: left to the kernel";
     NoService "no_service" Pass "no virtual service has this address and port";
     NotLocal "not_local" Pass "the virtual address is not one of this host's (a backup director?)";
@@ -222,6 +246,11 @@ reasons! {
     ReplyTtl "reply_ttl" Pass "a reply whose TTL is used up: the kernel answers the real server";
     Short "short" Drop "IP header cut short";
     Malformed "malformed" Drop "IP version, header length or total length are wrong";
+    FragmentTiny "fragment_tiny" Drop "a first fragment without the whole of the TCP or UDP header";
+    FragmentOverlap "fragment_overlap" Drop "a fragment that reaches into the first one";
+    FragmentLent "fragment_fullnat" Drop "a fragment by full NAT that is not the first of its datagram: only first ones are translated";
+    FragmentConflict "fragment_conflict" Drop "a fragment of two datagrams with the same id that go different ways";
+    Extensions "extension_headers" Drop "IPv6 extension headers that end behind the packet's end";
     Martian "martian_source" Drop "a source address that no client can have";
     TableFull "table_full" Drop "connection table full of flows that must not be evicted";
     ReverseInUse "reverse_in_use" Drop "every dest's reply tuple for this client and port is another flow's";
@@ -230,8 +259,8 @@ reasons! {
     Entering "entering" Drop "full NAT: the connection is being entered this instant";
     DestGone "dest_gone" Drop "the connection's real server was removed";
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
-    NoRoute "no_route" Drop "no route to the real server";
-    TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second";
+    NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";
+    TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second, or a fragment that is not the first";
     NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
     TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, which is not done here: raise the MTU towards the real servers";
     TooBigLimited "too_big_limited" Drop "too large for the tunnel: not answered, too many ICMP errors this second";

@@ -2,7 +2,7 @@
 
 use crate::abi::Hop;
 use crate::csum::Delta;
-use crate::packet::{Ip, L3, Packet, Window};
+use crate::packet::{Flow, Ip, L3, Packet, Window};
 use crate::verdict::{Action, Reason, Verdict, drop};
 
 /// Which end of the packet NAT rewrites.
@@ -75,6 +75,35 @@ pub fn readdress<I: Ip, P: Packet>(p: &mut P, tcp: bool, ends: &Ends<I::Addr>, f
         rest = rest.replace(sequence, new[0]).replace(acknowledged, new[1]);
     }
     p.fix_transport(if tcp { I::L4 + 16 } else { I::L4 + 6 }, !tcp, addresses, rest)
+}
+
+/// The same of any packet with a flow: a fragment that is not the first one has no ports and no checksum.
+#[inline(always)]
+pub fn translate_any<I: Ip, P: Packet>(
+    p: &mut P,
+    flow: &Flow<I>,
+    end: End,
+    address: I::Addr,
+    port: u16,
+    forward: bool,
+) -> bool {
+    if !flow.part.is_later() {
+        return translate::<I, P>(p, flow.tcp, end, address, port, forward);
+    }
+    let at = if end == End::Source { I::SOURCE } else { I::DESTINATION };
+    let delta = {
+        let Some(mut w) = p.window(I::L4) else { return false };
+        let delta = I::delta(I::address(&w, at), address);
+        I::set_address(&mut w, at, address);
+        if forward {
+            I::forward_header(&mut w, delta);
+        } else {
+            I::fix_header(&mut w, delta);
+        }
+        delta
+    };
+    p.changed_address::<I>(delta);
+    true
 }
 
 /// Count the TTL down, nothing else (DR).

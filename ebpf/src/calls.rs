@@ -3,11 +3,14 @@
 //! bottom halves off).
 
 use rvs_datapath::abi::SCRATCH_WORDS;
-use rvs_datapath::conn;
+use rvs_datapath::conn::{self, Conns};
 use rvs_datapath::ct::{self, Cost, EVICTABLE, Entry, Family, Key, Outcome, Patience, Rank, Slot, V4, V6};
+use rvs_datapath::frag::{self, Found, Note, Part};
 use rvs_datapath::packet::{Flow, Ip};
+use rvs_datapath::tables::Tables;
 
 use crate::flat::{constant, flat};
+use crate::maps::Maps;
 use crate::words::Table;
 
 #[repr(C)]
@@ -17,6 +20,10 @@ pub struct Scratch<F: Family> {
     cost: Cost<F::Words>,
     release: Entry<F::Words>,
     flow: Kept<F::Words>,
+    datagram: frag::Key,
+    note: Note,
+    /// The VLAN device that a frame came in by, whose tags are off; else 0.
+    vlan: u64,
     /// The only one that outlives a packet.
     patience: Patience,
 }
@@ -26,7 +33,7 @@ pub struct Scratch<F: Family> {
 #[derive(Clone, Copy)]
 struct Kept<W> {
     key: Key<W>,
-    /// `len:32 | 0:8 | tcp:8 | flags:8 | ttl:8`
+    /// `len:32 | by / 4:8 | 0:6 | first fragment:1 | tcp:1 | flags:8 | ttl:8`
     rest: u64,
 }
 
@@ -47,7 +54,8 @@ fn scratch<I: Ip>() -> *mut Scratch<I> {
 /// For the further stages of this packet.
 #[inline(always)]
 pub fn keep<I: Ip>(flow: &Flow<I>) {
-    let rest = (flow.len as u64) << 32 | (flow.tcp as u64) << 16 | (flow.flags as u64) << 8 | flow.ttl as u64;
+    let head = (flow.by as u64 / 4) << 24 | (flow.part.is_first() as u64) << 17 | (flow.tcp as u64) << 16;
+    let rest = (flow.len as u64) << 32 | head | (flow.flags as u64) << 8 | flow.ttl as u64;
     // SAFETY: this CPU's own memory, see above.
     unsafe { (*scratch::<I>()).flow = Kept { key: flow.key, rest } };
 }
@@ -55,7 +63,73 @@ pub fn keep<I: Ip>(flow: &Flow<I>) {
 pub fn kept<I: Ip>() -> Flow<I> {
     // SAFETY: as above.
     let Kept { key, rest } = unsafe { (*scratch::<I>()).flow };
-    Flow { key, tcp: rest >> 16 & 1 != 0, flags: (rest >> 8) as u8, ttl: rest as u8, len: (rest >> 32) as u32 }
+    Flow {
+        key,
+        tcp: rest >> 16 & 1 != 0,
+        flags: (rest >> 8) as u8,
+        ttl: rest as u8,
+        by: (rest >> 24 & 0xff) as u16 * 4,
+        // Later stages go back to the packet for the rest.
+        part: Part::new(0, 0, rest >> 17 & 1 != 0),
+        len: (rest >> 32) as u32,
+    }
+}
+
+/// The VLAN device that this frame counts as come in by; 0 is none, and is set again when its tags are on, or it has left.
+#[inline(always)]
+pub fn set_vlan(ifindex: u32) {
+    // SAFETY: as above.
+    unsafe { (*scratch::<V4>()).vlan = ifindex as u64 };
+}
+#[inline(always)]
+pub fn vlan() -> u32 {
+    // SAFETY: as above.
+    unsafe { (*scratch::<V4>()).vlan as u32 }
+}
+
+/// [`frag::leave`] and [`frag::find`].
+#[inline(always)]
+pub fn leave_note(key: &frag::Key, note: &Note) -> bool {
+    let s = scratch::<V4>();
+    // SAFETY: as above.
+    unsafe { ((*s).datagram, (*s).note) = (*key, *note) };
+    frag_leave() != 0
+}
+#[inline(always)]
+pub fn find_note(key: &frag::Key) -> Found {
+    let s = scratch::<V4>();
+    // SAFETY: as above.
+    unsafe { (*s).datagram = *key };
+    match frag_find() {
+        0 => Found::None,
+        1 => Found::Conflict,
+        // SAFETY: as above.
+        _ => Found::Note(unsafe { (*s).note }),
+    }
+}
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn frag_leave() -> u32 {
+    let s = scratch::<V4>();
+    let t = Maps::NOWHERE;
+    // SAFETY: as above; nobody else borrows these fields meanwhile.
+    unsafe { frag::leave(&t, &(*s).datagram, &(*s).note, t.conns4().now_s()) as u32 }
+}
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn frag_find() -> u32 {
+    let s = scratch::<V4>();
+    let t = Maps::NOWHERE;
+    // SAFETY: as above.
+    match unsafe { frag::find(&t, &(*s).datagram, t.conns4().now_s()) } {
+        Found::None => 0,
+        Found::Conflict => 1,
+        Found::Note(note) => {
+            // SAFETY: as above.
+            unsafe { (*s).note = note };
+            2
+        }
+    }
 }
 
 /// Which entry is to be released.

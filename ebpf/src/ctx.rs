@@ -1,10 +1,14 @@
 //! Access to packet bytes.
 
-use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
+use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::helpers::{bpf_loop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
 use aya_ebpf::programs::XdpContext;
+use core::ffi::c_void;
 use rvs_datapath::csum::{self, Delta};
+use rvs_datapath::far::{self, Walk, Walked};
 use rvs_datapath::icmp::QUOTE_MAX;
-use rvs_datapath::packet::{Packet, Window};
+use rvs_datapath::options::{Edit, Editing, MOST};
+use rvs_datapath::packet::{Frame, Ip, Packet, Window};
 
 /// An XDP frame. The bounds are read once: checks that repeat cost nothing, and nothing that is written to the packet makes LLVM
 /// read them again. Whatever moves the packet reads them anew.
@@ -75,14 +79,53 @@ impl Window for Bytes {
     access!(r64, w64, u64);
 }
 
-/// `len` bytes from `at` on of a packet.
+/// The bytes from `by` (below 2048) after `at` on. In assembler: the verifier has to see the bound, and one pointer that is checked against
+/// the end and then used, where LLVM would add constants before the variable.
 #[inline(always)]
-pub fn bytes(first: usize, end: usize, at: usize, len: usize) -> Option<Bytes> {
-    let mut from = first + at;
-    // The very register that is compared is the one used: LLVM would make another of it for each access.
-    // SAFETY: one real instruction that changes nothing.
-    unsafe { core::arch::asm!("{0} += 0", inout(reg) from, options(pure, nomem, nostack)) };
-    (from + len <= end).then_some(Bytes { at: from as *mut u8, len })
+pub fn beyond(mut at: usize, mut by: usize, len: usize, end: usize) -> Option<Bytes> {
+    // SAFETY: arithmetic on registers.
+    unsafe {
+        core::arch::asm!("{1} &= 0x7ff", "{0} += {1}", inout(reg) at, inout(reg) by, options(pure, nomem, nostack))
+    };
+    let _ = by;
+    (at + len <= end).then_some(Bytes { at: at as *mut u8, len })
+}
+
+struct Round {
+    ctx: *mut xdp_md,
+    editing: Editing,
+}
+
+unsafe extern "C" fn step(i: u32, round: *mut Round) -> i64 {
+    // SAFETY: what `edit_options` passed.
+    let round = unsafe { &mut *round };
+    let ctx = XdpContext::new(round.ctx);
+    round.editing.step(&mut Xdp::by(&ctx, 0), i as usize) as i64
+}
+
+/// `n`, of which the verifier then knows nothing. `noise` is any number that it does not know.
+#[inline(always)]
+pub fn forget(mut n: u32, noise: u32) -> u32 {
+    // SAFETY: arithmetic on a register.
+    unsafe { core::arch::asm!("{0} ^= {1}", "{0} ^= {1}", inout(reg) n, in(reg) noise, options(pure, nomem, nostack)) };
+    n
+}
+
+/// See [`Frame::blur`].
+#[inline(always)]
+pub fn blur(mut n: usize, noise: usize) -> usize {
+    // SAFETY: arithmetic on a register.
+    unsafe {
+        core::arch::asm!("{0} ^= {1}", "{0} ^= {1}", "{0} &= 0x1fc", inout(reg) n, in(reg) noise,
+            options(pure, nomem, nostack))
+    };
+    n
+}
+
+#[inline(always)]
+fn fix(w: &mut Bytes, at: usize, udp: bool, delta: Delta) {
+    let old = w.r16(at);
+    w.w16(at, if udp { csum::adjust_udp(old, delta) } else { csum::adjust(old, delta) });
 }
 
 /// Ones-complement sum of a packet's bytes from `from` on, at most `most` of them.
@@ -113,6 +156,34 @@ pub fn sum(from: usize, end: usize, most: usize) -> u64 {
     sum
 }
 
+impl Frame for Xdp<'_> {
+    #[inline(always)]
+    fn windows(&mut self, near: usize, by: usize, len: usize) -> Option<(Bytes, Bytes)> {
+        Some((self.window(near)?, self.beyond(by, len)?))
+    }
+    #[inline(always)]
+    fn shrink_head(&mut self, n: usize) -> bool {
+        // SAFETY: the context of this program.
+        let done = unsafe { bpf_xdp_adjust_head(self.ctx.ctx, n as i32) } == 0;
+        self.reread();
+        done
+    }
+    #[inline(always)]
+    fn came_by(&mut self, ifindex: u32) {
+        self.ifindex = ifindex;
+    }
+    #[inline(always)]
+    fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        let Some(mut w) = self.beyond(by, at + 2) else { return false };
+        fix(&mut w, at, udp, addresses.and(ports));
+        true
+    }
+    #[inline(always)]
+    fn blur(n: usize, noise: usize) -> usize {
+        blur(n, noise)
+    }
+}
+
 impl Packet for Xdp<'_> {
     type W<'b>
         = Bytes
@@ -123,8 +194,21 @@ impl Packet for Xdp<'_> {
         (self.at + len <= self.end).then_some(Bytes { at: self.at as *mut u8, len })
     }
     #[inline(always)]
-    fn bytes(&mut self, at: usize, len: usize) -> Option<Bytes> {
-        bytes(self.at, self.end, at, len)
+    fn beyond(&mut self, by: usize, len: usize) -> Option<Bytes> {
+        beyond(self.at, by, len, self.end)
+    }
+    #[inline(always)]
+    fn walk(&mut self, walk: Walk) -> Walked {
+        Walked::from_word(xdp_walk(self.ctx.ctx, walk.at as u32, walk.first as u32, walk.len as u32))
+    }
+    #[inline(always)]
+    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta> {
+        let noise = self.window(I::L4 + 8)?.r32(I::L4 + 4);
+        let editing = Editing::new(edit, I::L4, header, forget(0, noise));
+        let mut round = Round { ctx: self.ctx.ctx, editing };
+        // SAFETY: the callback gets back the pointer given here, while it is valid.
+        unsafe { bpf_loop(MOST as u32, step as *mut c_void, &raw mut round as *mut c_void, 0) };
+        round.editing.end()
     }
     /// What is in front moves: in XDP a checksum is always finished, and nobody remembers where it begins.
     #[inline(always)]
@@ -152,9 +236,7 @@ impl Packet for Xdp<'_> {
     #[inline(always)]
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
         let Some(mut w) = self.window(at + 2) else { return false };
-        let delta = addresses.and(ports);
-        let old = w.r16(at);
-        w.w16(at, if udp { csum::adjust_udp(old, delta) } else { csum::adjust(old, delta) });
+        fix(&mut w, at, udp, addresses.and(ports));
         true
     }
     #[inline(always)]
@@ -179,4 +261,11 @@ impl Packet for Xdp<'_> {
         self.reread();
         done
     }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn xdp_walk(ctx: *mut xdp_md, at: u32, first: u32, len: u32) -> u64 {
+    let ctx = XdpContext::new(ctx);
+    far::walk(&mut Xdp::by(&ctx, 0), Walk { at: at as usize, first: first as u8, len: len as usize }).word()
 }

@@ -10,14 +10,16 @@ use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use rvs_datapath::abi::{
     Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, Local, REPLY_HOPS_MAX, SIDE4_WORDS, SIDE6_WORDS,
-    Service, ServiceKey, ServiceState, Tunnel,
+    Service, ServiceKey, ServiceState, Tunnel, Vlan, fragment, hop,
 };
 use rvs_datapath::ct::{Family, V4, V6};
+use rvs_datapath::frag;
 use rvs_datapath::packet::{Flow, Ip};
 use rvs_datapath::tables::{Machine, Route, Tables, Walker};
 use rvs_datapath::verdict::{COUNTERS, Verdict};
 
 use crate::calls;
+use crate::ctx::forget;
 use crate::flat::{constant, cpu, flat};
 use crate::words::Table;
 
@@ -28,6 +30,7 @@ flat! {
     ConfigMap("CONFIG"): Config;
     ClockMap("CLOCK"): Clock;
     Ifaces("IFACES"): Iface;
+    Vlans("VLANS"): Vlan;
     Services("SERVICES"): Service;
     ServiceStates("SERVICE_STATE"): ServiceState;
     Dests("DESTS"): Dest;
@@ -41,6 +44,7 @@ flat! {
     Side6("SIDE6"): [u64; SIDE6_WORDS];
     Hops("HOPS"): Hop;
     ReplyHops("REPLY_HOPS"): Hop;
+    Fragments("FRAGMENTS"): [u64; fragment::WORDS];
     Verdicts("VERDICTS"): u64;
 }
 
@@ -152,6 +156,11 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         *iface(ifindex)
     }
     #[inline(always)]
+    fn vlan(&self, place: u32) -> Vlan {
+        // SAFETY: a valid value.
+        unsafe { *Vlans::at(place) }
+    }
+    #[inline(always)]
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
         // SAFETY: the control plane replaces whole values; a value is one word.
         unsafe { SERVICE_KEYS.get(key) }.map(|v| *v as u32)
@@ -194,6 +203,32 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     #[inline(always)]
     fn keep_reply_hop(&self, hop: &Hop) -> u8 {
         keep_reply_hop(hop)
+    }
+    #[inline(always)]
+    fn leave_note(&self, key: &frag::Key, note: &frag::Note) -> bool {
+        calls::leave_note(key, note)
+    }
+    #[inline(always)]
+    fn find_note(&self, key: &frag::Key) -> frag::Found {
+        calls::find_note(key)
+    }
+    #[inline(always)]
+    fn fragment(&self, place: u32, word: u32) -> u64 {
+        // SAFETY: a word of a valid value (callers give constants), read as a whole.
+        unsafe { (Fragments::at(place) as *mut u64).add(word as usize).read_volatile() }
+    }
+    #[inline(always)]
+    fn set_fragment(&self, place: u32, word: u32, value: u64) {
+        // SAFETY: as above.
+        unsafe { (Fragments::at(place) as *mut u64).add(word as usize).write_volatile(value) };
+    }
+    #[inline(always)]
+    fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool {
+        // SAFETY: as above; the control word is the first, and shared only through atomic instructions and whole-word loads.
+        unsafe {
+            let at = Fragments::at(place) as *mut u64;
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, new).1
+        }
     }
     #[inline(always)]
     fn machine(&self, service: u32, which: Machine) -> u64 {
@@ -286,7 +321,13 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         let tell = if SKB { TELL } else { 0 };
         let about = tell | (I::FAMILY as u32) << 24 | (protocol as u32) << 16 | len;
         match route(self.ctx, self.ifindex, &ends, about, hop) {
-            FIB_SUCCESS => Route::Hop,
+            FIB_SUCCESS => {
+                let way = iface(hop.ifindex);
+                if !SKB && way.ifindex == hop.ifindex && way.lower != 0 {
+                    hop.ifindex |= hop::VLAN;
+                }
+                Route::Hop
+            }
             FIB_NO_NEIGH => Route::NoNeighbour,
             refused if FIB_REFUSED.contains(&refused) => Route::None,
             _ => Route::Kernel,
@@ -301,12 +342,8 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         SKB
     }
     #[inline(always)]
-    fn blur(&self, mut n: u32, noise: u32) -> u32 {
-        // SAFETY: arithmetic on a register.
-        unsafe {
-            core::arch::asm!("{0} ^= {1}", "{0} ^= {1}", inout(reg) n, in(reg) noise, options(pure, nomem, nostack))
-        };
-        n
+    fn blur(&self, n: u32, noise: u32) -> u32 {
+        forget(n, noise)
     }
     #[inline(always)]
     fn walk<W: Walker<Self>>(&self, count: u32, walker: &mut W) {

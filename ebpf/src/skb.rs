@@ -8,14 +8,17 @@ use aya_ebpf::bindings::{
     BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR,
 };
 use aya_ebpf::helpers::{
-    bpf_csum_diff, bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
-    bpf_skb_pull_data,
+    bpf_csum_diff, bpf_csum_update, bpf_l4_csum_replace, bpf_loop, bpf_skb_adjust_room, bpf_skb_change_head,
+    bpf_skb_change_tail, bpf_skb_pull_data,
 };
+use core::ffi::c_void;
 use rvs_datapath::csum::Delta;
 use rvs_datapath::ct::V6;
-use rvs_datapath::packet::{IP_GRE, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
+use rvs_datapath::far::{self, Extras, MOST, Walk, Walked};
+use rvs_datapath::options::{self, Edit, Editing};
+use rvs_datapath::packet::{Frame, IP_GRE, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 
-use crate::ctx::{Bytes, bytes, sum};
+use crate::ctx::{Bytes, beyond, blur, forget, sum};
 use crate::gap;
 
 /// Headers that the pipeline may look at: IPv6 and TCP.
@@ -49,29 +52,33 @@ impl Skb {
     pub fn pull(&mut self) {
         self.reach(HEADERS);
     }
+    /// ... also behind extra ones, and those of a packet that an ICMP error quotes.
+    #[inline(always)]
+    pub fn pull_far(&mut self) {
+        self.reach(2 * (V6::L4 + MOST) + 8);
+    }
     /// Find out whether the transport checksum is unfinished, for [`Packet::sum_from`]: such a field takes no notice of a change of
     /// what is not in the pseudo-header.
     #[inline(always)]
-    pub fn look_at_checksum<I: Ip>(&mut self) {
-        let protocol_at = if I::FAMILY == 4 { L3 + 9 } else { L3 + 6 };
-        let Some(w) = self.window(I::L4) else { return };
-        match w.r8(protocol_at) {
-            IP_TCP => self.look_at::<I>(I::L4 + 16),
-            IP_UDP => self.look_at::<I>(I::L4 + 6),
+    pub fn look_at_checksum<I: Extras>(&mut self) {
+        let Ok(place) = I::find(self) else { return };
+        match place.protocol {
+            IP_TCP => self.look_at::<I>(I::L4 + 16, place.by),
+            IP_UDP => self.look_at::<I>(I::L4 + 6, place.by),
             _ => {}
         }
     }
     #[inline(always)]
-    fn look_at<I: Ip>(&mut self, at: usize) {
-        let Some(w) = self.window(at + 2) else { return };
+    fn look_at<I: Ip>(&mut self, at: usize, by: usize) {
+        let Some(w) = self.beyond(by, at + 2) else { return };
         let old = w.r16(at);
         // SAFETY: the context of this program.
-        unsafe { bpf_l4_csum_replace(self.skb, at as u32, 0, 1, 0) };
+        unsafe { bpf_l4_csum_replace(self.skb, (at + by) as u32, 0, 1, 0) };
         self.reread();
-        let Some(mut w) = self.window(at + 2) else { return };
+        let Some(mut w) = self.beyond(by, at + 2) else { return };
         if w.r16(at) == old {
             self.unfinished = 1 << 16 | old as u32;
-            self.header = I::HEADER;
+            self.header = I::HEADER + by;
         }
         w.w16(at, old);
     }
@@ -85,12 +92,58 @@ impl Skb {
         // SAFETY: the context of this program.
         unsafe { bpf_l4_csum_replace(self.skb, at as u32, 0, delta as u64, flags as u64) == 0 }
     }
+    #[inline(always)]
+    fn fix(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        let udp = if udp { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let (addresses, ports) = (addresses.fold(), ports.fold());
+        let done = self.change(at + by, addresses, BPF_F_PSEUDO_HDR | udp) && self.change(at + by, ports, udp);
+        // For a sum over the packet the kernel takes the addresses for made up for by the IP header's checksum, which IPv6 has not
+        // (BPF_F_IPV6 of Linux 6.16).
+        if at >= V6::L4 {
+            self.tell_sum(addresses as u32);
+        }
+        self.reread();
+        done
+    }
     /// Tell the kernel's sum over the packet of a change that no checksum in the packet makes up for.
     #[inline(always)]
     pub fn tell_sum(&mut self, delta: u32) {
         // SAFETY: the context of this program. It fails if the kernel has no such sum.
         unsafe { bpf_csum_update(self.skb, delta) };
     }
+}
+
+impl Frame for Skb {
+    #[inline(always)]
+    fn windows(&mut self, near: usize, by: usize, len: usize) -> Option<(Bytes, Bytes)> {
+        Some((self.window(near)?, self.beyond(by, len)?))
+    }
+    // The kernel has done these.
+    #[inline(always)]
+    fn shrink_head(&mut self, _: usize) -> bool {
+        false
+    }
+    #[inline(always)]
+    fn came_by(&mut self, _: u32) {}
+    #[inline(always)]
+    fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        self.fix(at, by, udp, addresses, ports)
+    }
+    #[inline(always)]
+    fn blur(n: usize, noise: usize) -> usize {
+        blur(n, noise)
+    }
+}
+
+struct Round {
+    skb: *mut __sk_buff,
+    editing: Editing,
+}
+
+unsafe extern "C" fn step(i: u32, round: *mut Round) -> i64 {
+    // SAFETY: what `edit_options` passed.
+    let round = unsafe { &mut *round };
+    round.editing.step(&mut Skb::new(round.skb), i as usize) as i64
 }
 
 impl Packet for Skb {
@@ -100,8 +153,8 @@ impl Packet for Skb {
         (self.at + len <= self.end).then_some(Bytes { at: self.at as *mut u8, len })
     }
     #[inline(always)]
-    fn bytes(&mut self, at: usize, len: usize) -> Option<Bytes> {
-        bytes(self.at, self.end, at, len)
+    fn beyond(&mut self, by: usize, len: usize) -> Option<Bytes> {
+        beyond(self.at, by, len, self.end)
     }
     #[inline(always)]
     fn reach(&mut self, len: usize) {
@@ -110,6 +163,15 @@ impl Packet for Skb {
             unsafe { bpf_skb_pull_data(self.skb, (*self.skb).len.min(len as u32)) };
             self.reread();
         }
+    }
+    #[inline(always)]
+    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta> {
+        let noise = self.window(I::L4 + 8)?.r32(I::L4 + 4);
+        let editing = Editing::new(edit, I::L4, header, forget(0, noise));
+        let mut round = Round { skb: self.skb, editing };
+        // SAFETY: the callback gets back the pointer given here, while it is valid.
+        unsafe { bpf_loop(options::MOST as u32, step as *mut c_void, &raw mut round as *mut c_void, 0) };
+        round.editing.end()
     }
     /// The tail moves: of an unfinished checksum the kernel remembers where it begins.
     #[inline(always)]
@@ -129,17 +191,19 @@ impl Packet for Skb {
         unsafe { (*self.skb).ifindex }
     }
     #[inline(always)]
+    fn walk(&mut self, walk: Walk) -> Walked {
+        Walked::from_word(tc_walk(self.skb, walk.at as u32, walk.first as u32, walk.len as u32))
+    }
+    #[inline(always)]
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
-        let udp = if udp { BPF_F_MARK_MANGLED_0 } else { 0 };
-        let (addresses, ports) = (addresses.fold(), ports.fold());
-        let done = self.change(at, addresses, BPF_F_PSEUDO_HDR | udp) && self.change(at, ports, udp);
-        // For a sum over the packet the kernel takes the addresses for made up for by the IP header's checksum, which IPv6 has not
-        // (BPF_F_IPV6 of Linux 6.16).
-        if at >= V6::L4 {
-            self.tell_sum(addresses as u32);
+        self.fix(at, 0, udp, addresses, ports)
+    }
+    #[inline(always)]
+    fn changed_address<I: Ip>(&mut self, delta: Delta) {
+        // IPv4's header makes up for it.
+        if I::FAMILY == 6 {
+            self.tell_sum(delta.fold() as u32);
         }
-        self.reread();
-        done
     }
     /// Of a packet that [`Self::look_at_checksum`] has seen. An unfinished checksum will be finished on the way out, over what is
     /// left of the packet then: from there on it sums up to the complement of what the field holds now.
@@ -194,4 +258,10 @@ impl Packet for Skb {
         self.reread();
         done
     }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn tc_walk(skb: *mut __sk_buff, at: u32, first: u32, len: u32) -> u64 {
+    far::walk(&mut Skb::new(skb), Walk { at: at as usize, first: first as u8, len: len as usize }).word()
 }

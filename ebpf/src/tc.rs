@@ -2,6 +2,7 @@
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
+use rvs_datapath::abi::hop;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::{ETHERTYPE, L3, Packet, Window};
@@ -30,7 +31,8 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
     };
     maps::count_verdict(verdict);
     match verdict.action() {
-        Action::Out(ifindex) => out(&mut packet, skb, verdict, ifindex),
+        // A VLAN device takes it as it is.
+        Action::Out(ifindex) => out(&mut packet, skb, verdict, ifindex & !hop::VLAN),
         // SAFETY: a field of the context.
         Action::Back => out(&mut packet, skb, verdict, unsafe { (*skb).ifindex }),
         Action::Up => NEXT,
@@ -93,14 +95,14 @@ fn tables(skb: *mut __sk_buff) -> Maps<true> {
 #[inline(always)]
 fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
     let iface = maps::iface(packet.ifindex());
-    match core::arrive(packet, iface) {
+    match core::arrive_untagged(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 lend4 make_way4 give_up4],
-                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4])
+                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_note4 tc_error_lent4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 lend6 make_way6 give_up6],
-                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6])
+                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_note6 tc_error_lent6])
         }),
         Err(verdict) => verdict,
     }
@@ -118,6 +120,9 @@ macro_rules! stages {
             let mut packet = Skb::new(skb);
             if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable | Stage::TooBig) {
                 packet.look_at_checksum::<$family>();
+            }
+            if matches!(Stage::$stage, Stage::Far | Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent) {
+                packet.pull_far();
             }
             let number = 0 $(+ $number)?;
             core::run::<$family, _, _>(&mut packet, &tables(skb), Stage::$stage, number).word()
@@ -139,6 +144,10 @@ stages! {
     tc_fullnat_reply4 tc_fullnat_reply6(slot) FullnatReply;
     tc_reply_options4 tc_reply_options6(slot) ReplyOptions;
     tc_fullnat_send4 tc_fullnat_send6(place) FullnatSend;
+    tc_far4 tc_far6(noted) Far;
+    tc_fragment4 tc_fragment6() Fragment;
+    tc_note4 tc_note6() Note;
+    tc_error_lent4 tc_error_lent6() ErrorLent;
     tc_time_exceeded4 tc_time_exceeded6() TimeExceeded;
     tc_port_unreachable4 tc_port_unreachable6() PortUnreachable;
 }

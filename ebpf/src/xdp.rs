@@ -1,14 +1,19 @@
 //! The pipeline for XDP, native and generic.
 
+use ::core::hint::cold_path;
+
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::XdpContext;
+use rvs_datapath::abi::Iface;
 use rvs_datapath::abi::iface::REDIRECT_BACK;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::Packet;
-use rvs_datapath::verdict::{Action, Stage, Verdict};
+use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
+use rvs_datapath::vlan::{self, Tags};
 
+use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
 use crate::stages::call;
@@ -19,7 +24,22 @@ pub fn run(ctx: &XdpContext) -> u32 {
     let mut packet = Xdp::new(ctx);
     let ifindex = packet.ifindex();
     let iface = maps::iface(ifindex);
-    let verdict = process(ctx, ifindex, core::arrive(&mut packet, iface));
+    let family = core::arrive(&mut packet, iface);
+    if core::is_tagged(family) {
+        cold_path();
+        return end(Verdict::from_word(tagged(ctx.ctx)), iface, ifindex);
+    }
+    let verdict = process(ctx, ifindex, family);
+    if verdict.is_by_vlan() {
+        cold_path();
+        return end(Verdict::from_word(retag(ctx.ctx, verdict.word(), 0)), iface, ifindex);
+    }
+    end(verdict, iface, ifindex)
+}
+
+/// What the kernel is to do with it.
+#[inline(always)]
+fn end(verdict: Verdict, iface: &Iface, ifindex: u32) -> u32 {
     maps::count_verdict(verdict);
     match verdict.action() {
         // SAFETY: a helper without memory arguments.
@@ -41,14 +61,63 @@ fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdi
     match family {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole4(ctx, ifindex), [first4 enter4 link4 lend4 make_way4 give_up4],
-                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4 reply_options4 fullnat_send4])
+                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4 reply_options4 fullnat_send4 far4 fragment4 note4 error_lent4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole6(ctx, ifindex), [first6 enter6 link6 lend6 make_way6 give_up6],
-                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6 reply_options6 fullnat_send6])
+                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6 reply_options6 fullnat_send6 far6 fragment6 note6 error_lent6])
         }),
         Err(verdict) => verdict,
     }
+}
+
+/// The interface that a frame counts as come in by.
+#[inline(always)]
+fn arrived_by(ctx: &XdpContext) -> u32 {
+    match calls::vlan() {
+        // SAFETY: a field of the context.
+        0 => unsafe { (*ctx.ctx).ingress_ifindex },
+        vlan => vlan,
+    }
+}
+
+/// All of it, for a frame with VLAN tags.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn tagged(ctx: *mut xdp_md) -> u64 {
+    let ctx = XdpContext::new(ctx);
+    let tags = untag(ctx.ctx);
+    if tags == 0 {
+        return pass(Reason::NotIp).word();
+    }
+    let by = arrived_by(&ctx);
+    let family = core::arrive_untagged(&mut Xdp::by(&ctx, by), maps::iface(by));
+    let mut verdict = process(&ctx, by, family);
+    if vlan::concerns(verdict, Some(Tags::from_word(tags))) {
+        verdict = Verdict::from_word(retag(ctx.ctx, verdict.word(), tags));
+    }
+    calls::set_vlan(0);
+    verdict.word()
+}
+
+/// Take off the tags of a frame of a VLAN device of ours; 0: it is none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn untag(ctx: *mut xdp_md) -> u64 {
+    let ctx = XdpContext::new(ctx);
+    let mut packet = Xdp::new(&ctx);
+    let Some(tags) = vlan::untag(&mut packet, &Maps::of(&ctx, 0)) else { return 0 };
+    calls::set_vlan(packet.ifindex());
+    tags.word()
+}
+
+/// See [`core::retag`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn retag(ctx: *mut xdp_md, verdict: u64, tags: u64) -> u64 {
+    let ctx = XdpContext::new(ctx);
+    let tags = (tags != 0).then_some(Tags::from_word(tags));
+    core::retag(&mut Xdp::new(&ctx), &Maps::of(&ctx, 0), Verdict::from_word(verdict), tags).word()
 }
 
 macro_rules! stages {
@@ -63,7 +132,8 @@ macro_rules! stages {
             let ctx = XdpContext::new(ctx);
             let number = 0 $(+ $number)?;
             // The first stage, which needs no number, is told the interface.
-            let mut packet = if matches!(Stage::$stage, Stage::Whole) { Xdp::by(&ctx, number) } else { Xdp::new(&ctx) };
+            let by = if matches!(Stage::$stage, Stage::Whole) { number } else { arrived_by(&ctx) };
+            let mut packet = Xdp::by(&ctx, by);
             let maps = Maps::of(&ctx, packet.ifindex());
             core::run::<$family, _, _>(&mut packet, &maps, Stage::$stage, number).word()
         }
@@ -84,6 +154,10 @@ stages! {
     fullnat_reply4 fullnat_reply6(slot) FullnatReply;
     reply_options4 reply_options6(slot) ReplyOptions;
     fullnat_send4 fullnat_send6(place) FullnatSend;
+    far4 far6(noted) Far;
+    fragment4 fragment6() Fragment;
+    note4 note6() Note;
+    error_lent4 error_lent6() ErrorLent;
     time_exceeded4 time_exceeded6() TimeExceeded;
     port_unreachable4 port_unreachable6() PortUnreachable;
 }

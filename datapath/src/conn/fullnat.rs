@@ -73,6 +73,12 @@ fn fingerprint<W: AsRef<[u64]> + Copy>(key: &Key<W>) -> u64 {
     mixed >> 32 << 32
 }
 
+/// Is this the control word, forward or reverse, of such a flow?
+#[inline(always)]
+pub fn is_lent<F: Addressing, C: Conns<F> + ?Sized>(c: &C, control: u64) -> bool {
+    if control & REVERSE != 0 { control & LINKED != 0 } else { c.fullnat(dest(control)) }
+}
+
 /// What the row of this slot says, whosever it is.
 #[inline(always)]
 fn row<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot) -> Option<Side<F::Addr>> {

@@ -1,7 +1,10 @@
 //! Packets in plain memory.
 
 use crate::csum::{self, Delta};
-use crate::packet::{Packet, Window};
+use crate::far::{self, Walk, Walked};
+use crate::options::{self, Edit};
+use crate::packet::{Frame, Ip, Packet, Window};
+use std::cell::Cell;
 
 /// A frame, and the interface it came in by.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -10,44 +13,80 @@ pub struct MemPacket {
     pub ifindex: u32,
 }
 
-/// Its first bytes. An access past them panics: the pipeline's mistake, never the sender's.
-pub struct MemWindow<'a>(&'a mut [u8]);
+/// Some of its bytes. An access past them panics: the pipeline's mistake, never the sender's.
+pub struct MemWindow<'a>(&'a [Cell<u8>]);
+
+impl MemWindow<'_> {
+    fn read<const N: usize>(&self, at: usize) -> [u8; N] {
+        std::array::from_fn(|i| self.0[at + i].get())
+    }
+    fn write(&self, at: usize, bytes: &[u8]) {
+        for (cell, byte) in self.0[at..at + bytes.len()].iter().zip(bytes) {
+            cell.set(*byte);
+        }
+    }
+}
 
 impl Window for MemWindow<'_> {
     fn r8(&self, at: usize) -> u8 {
-        self.0[at]
+        self.0[at].get()
     }
     fn r16(&self, at: usize) -> u16 {
-        u16::from_ne_bytes([self.0[at], self.0[at + 1]])
+        u16::from_ne_bytes(self.read(at))
     }
     fn r32(&self, at: usize) -> u32 {
-        u32::from_ne_bytes([self.0[at], self.0[at + 1], self.0[at + 2], self.0[at + 3]])
+        u32::from_ne_bytes(self.read(at))
     }
     fn r64(&self, at: usize) -> u64 {
-        let word = |at| u64::from(self.r32(at));
-        if cfg!(target_endian = "little") { word(at) | word(at + 4) << 32 } else { word(at) << 32 | word(at + 4) }
+        u64::from_ne_bytes(self.read(at))
     }
     fn w8(&mut self, at: usize, v: u8) {
-        self.0[at] = v;
+        self.0[at].set(v);
     }
     fn w16(&mut self, at: usize, v: u16) {
-        self.0[at..at + 2].copy_from_slice(&v.to_ne_bytes());
+        self.write(at, &v.to_ne_bytes());
     }
     fn w32(&mut self, at: usize, v: u32) {
-        self.0[at..at + 4].copy_from_slice(&v.to_ne_bytes());
+        self.write(at, &v.to_ne_bytes());
     }
     fn w64(&mut self, at: usize, v: u64) {
-        self.0[at..at + 8].copy_from_slice(&v.to_ne_bytes());
+        self.write(at, &v.to_ne_bytes());
+    }
+}
+
+impl Frame for MemPacket {
+    fn windows(&mut self, near: usize, by: usize, len: usize) -> Option<(MemWindow<'_>, MemWindow<'_>)> {
+        let all = Cell::from_mut(self.bytes.as_mut_slice()).as_slice_of_cells();
+        Some((MemWindow(all.get(..near)?), MemWindow(all.get(by..by + len)?)))
+    }
+    fn shrink_head(&mut self, n: usize) -> bool {
+        let there = n <= self.bytes.len();
+        self.bytes.drain(..n.min(self.bytes.len()));
+        there
+    }
+    fn came_by(&mut self, ifindex: u32) {
+        self.ifindex = ifindex;
+    }
+    fn fix_far(&mut self, at: usize, by: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
+        self.fix_transport(at + by, udp, addresses, ports)
     }
 }
 
 impl Packet for MemPacket {
     type W<'a> = MemWindow<'a>;
     fn window(&mut self, len: usize) -> Option<MemWindow<'_>> {
-        self.bytes.get_mut(..len).map(MemWindow)
+        self.windows(len, 0, 0).map(|(w, _)| w)
     }
-    fn bytes(&mut self, at: usize, len: usize) -> Option<MemWindow<'_>> {
-        self.bytes.get_mut(at..at + len).map(MemWindow)
+    fn beyond(&mut self, by: usize, len: usize) -> Option<MemWindow<'_>> {
+        self.windows(0, by, len).map(|(_, w)| w)
+    }
+    fn walk(&mut self, walk: Walk) -> Walked {
+        far::walk(self, walk)
+    }
+    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta> {
+        let mut editing = options::Editing::new(edit, I::L4, header, 0);
+        let _ = (0..options::MOST).any(|i| editing.step(self, i));
+        editing.end()
     }
     fn open_gap(&mut self, at: usize, n: usize) -> bool {
         let fits = at <= self.bytes.len();

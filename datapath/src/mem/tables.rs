@@ -3,7 +3,7 @@
 use super::{MemConns, MemPacket};
 use crate::abi::{
     self, Config, Dest, DestState, Hop, Iface, ListEntry, Local, REPLY_HOPS_MAX, Service, ServiceKey, ServiceState,
-    Stats, Tunnel,
+    Stats, Tunnel, Vlan,
 };
 use crate::conn::{self, Policy, Timeouts};
 use crate::ct::{self, MIN_BUCKETS, Seed, V4, V6};
@@ -64,6 +64,8 @@ pub struct MemTables {
     conns6: MemConns<V6>,
     config: Config,
     pub ifaces: BTreeMap<u32, Iface>,
+    /// By place.
+    pub vlans: BTreeMap<u32, Vlan>,
     pub service_keys: BTreeMap<ServiceKey, u32>,
     pub services: Vec<Service>,
     pub lists: Vec<ListEntry>,
@@ -80,6 +82,7 @@ pub struct MemTables {
     lendings: Vec<AtomicU64>,
     stats: Vec<StatCells>,
     reply_hops: Vec<OnceLock<Hop>>,
+    fragments: Vec<[AtomicU64; abi::fragment::WORDS]>,
     verdicts: [AtomicU64; COUNTERS],
     /// ICMP errors that may still be sent in this second.
     icmp_left: AtomicU64,
@@ -107,6 +110,7 @@ impl MemTables {
             conns6: MemConns::new(sizes.buckets6, seed, sizes.dests),
             config,
             ifaces: BTreeMap::new(),
+            vlans: BTreeMap::new(),
             service_keys: BTreeMap::new(),
             services: filled(sizes.services),
             lists: filled(sizes.lists),
@@ -121,6 +125,7 @@ impl MemTables {
             lendings: filled(sizes.dests),
             stats: filled(sizes.dests),
             reply_hops: filled(REPLY_HOPS_MAX),
+            fragments: filled(abi::FRAGMENTS_MAX),
             verdicts: std::array::from_fn(|_| AtomicU64::new(0)),
             icmp_left: AtomicU64::new(ICMP_PER_S),
         }
@@ -252,6 +257,9 @@ impl Tables for MemTables {
     fn iface(&self, ifindex: u32) -> Iface {
         self.ifaces.get(&ifindex).copied().unwrap_or_default()
     }
+    fn vlan(&self, place: u32) -> Vlan {
+        self.vlans.get(&place).copied().unwrap_or_default()
+    }
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
         self.service_keys.get(key).copied()
     }
@@ -279,6 +287,16 @@ impl Tables for MemTables {
     fn keep_reply_hop(&self, hop: &Hop) -> u8 {
         let place = (1..=u8::MAX).find(|n| self.reply_hops[usize::from(*n)].get_or_init(|| *hop) == hop);
         place.unwrap_or(0)
+    }
+    fn fragment(&self, place: u32, word: u32) -> u64 {
+        self.fragments[place as usize][word as usize].load(SeqCst)
+    }
+    fn set_fragment(&self, place: u32, word: u32, value: u64) {
+        self.fragments[place as usize][word as usize].store(value, SeqCst);
+    }
+    fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool {
+        let word = &self.fragments[place as usize][abi::fragment::CONTROL as usize];
+        word.compare_exchange(old, new, SeqCst, SeqCst).is_ok()
     }
     fn machine(&self, service: u32, which: Machine) -> u64 {
         self.machines[service as usize][which as usize].load(SeqCst)

@@ -46,7 +46,19 @@ macro_rules! plain {
         unsafe impl Plain for $t {}
     )* };
 }
-plain!(u32, u64, [u64; 32], [u64; abi::SCRATCH_WORDS], Config, Clock, CpuStats, Iface, ServiceKey, Hop);
+plain!(
+    u32,
+    u64,
+    [u64; 32],
+    [u64; abi::fragment::WORDS],
+    [u64; abi::SCRATCH_WORDS],
+    Config,
+    Clock,
+    CpuStats,
+    Iface,
+    ServiceKey,
+    Hop
+);
 plain!(
     abi::Service,
     abi::ServiceState,
@@ -54,6 +66,7 @@ plain!(
     abi::Dest,
     abi::Local,
     abi::Tunnel,
+    abi::Vlan,
     abi::DestInfo,
     abi::DestState,
     abi::Stats
@@ -232,6 +245,7 @@ pub struct Maps {
     pub config: Table<Config>,
     pub clock: Table<Clock>,
     pub ifaces: Table<Iface>,
+    pub vlans: Table<abi::Vlan>,
     pub keys: Keys,
     pub services: Table<abi::Service>,
     pub service_state: Table<abi::ServiceState>,
@@ -245,6 +259,7 @@ pub struct Maps {
     pub locals: Table<abi::Local>,
     pub hops: Table<Hop>,
     pub reply_hops: Table<Hop>,
+    fragments: Table<[u64; abi::fragment::WORDS]>,
     pub verdicts: PerCpu<u64>,
     scratch: [PerCpu<[u64; abi::SCRATCH_WORDS]>; 2],
     pub conns4: ConnTable<V4>,
@@ -419,6 +434,7 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::new::<[u64; V6::WORDS]>(map::CONN6, Sizes::buckets::<V6>(s.flows6)?),
         Shape::new::<Clock>(map::CLOCK, 1),
         Shape::new::<Iface>(map::IFACES, abi::IFACES_MAX),
+        Shape::new::<abi::Vlan>(map::VLANS, abi::VLANS_MAX),
         Shape::new::<abi::Service>(map::SERVICES, services),
         Shape::new::<abi::ServiceState>(map::SERVICE_STATE, services),
         Shape::new::<abi::Dest>(map::DESTS, dests),
@@ -433,6 +449,7 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         side::<V6>(s.fullnat, s.flows6)?,
         Shape::new::<Hop>(map::HOPS, s.hops.next_power_of_two()),
         Shape::new::<Hop>(map::REPLY_HOPS, abi::REPLY_HOPS_MAX),
+        Shape::new::<[u64; abi::fragment::WORDS]>(map::FRAGMENTS, abi::FRAGMENTS_MAX),
         Shape::per_cpu::<u64>(map::VERDICTS, COUNTERS as u32),
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH4, 1),
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH6, 1),
@@ -585,7 +602,7 @@ fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Fl
 /// The maps that are not flat.
 const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
 
-const ALL: [&str; 24] = [
+const ALL: [&str; 26] = [
     // The first: without its pin nobody takes the others for whole.
     map::CONFIG,
     map::CONN4,
@@ -593,6 +610,7 @@ const ALL: [&str; 24] = [
     map::CLOCK,
     map::TIMER,
     map::IFACES,
+    map::VLANS,
     map::SERVICE_KEYS,
     map::SERVICES,
     map::SERVICE_STATE,
@@ -605,6 +623,7 @@ const ALL: [&str; 24] = [
     map::TABLES,
     map::HOPS,
     map::REPLY_HOPS,
+    map::FRAGMENTS,
     map::VERDICTS,
     map::SCRATCH4,
     map::SCRATCH6,
@@ -622,6 +641,7 @@ impl Maps {
         Ok(Maps {
             clock: flat.table(map::CLOCK)?,
             ifaces: flat.table(map::IFACES)?,
+            vlans: flat.table(map::VLANS)?,
             keys: Keys(keys),
             services: flat.table(map::SERVICES)?,
             service_state: flat.table(map::SERVICE_STATE)?,
@@ -635,6 +655,7 @@ impl Maps {
             locals: flat.table(map::LOCALS)?,
             hops: flat.table(map::HOPS)?,
             reply_hops: flat.table(map::REPLY_HOPS)?,
+            fragments: flat.table(map::FRAGMENTS)?,
             verdicts: flat.per_cpu(map::VERDICTS)?,
             scratch: [flat.per_cpu(map::SCRATCH4)?, flat.per_cpu(map::SCRATCH6)?],
             conns4: flat.conns(map::CONN4, c)?,
@@ -644,6 +665,9 @@ impl Maps {
     }
     /// Nothing of what programs keep from one packet to the next: for tests that begin anew.
     pub fn forget(&self) -> Result<()> {
+        for place in 0..self.fragments.len() {
+            self.fragments.set(place, [0; abi::fragment::WORDS])?;
+        }
         for part in &self.scratch {
             for cpu in 0..part.cpus {
                 part.all.set(cpu, [0; abi::SCRATCH_WORDS])?;

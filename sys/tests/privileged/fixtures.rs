@@ -10,7 +10,7 @@ use rvs_fixtures::case::{Code, Counted, Engine, FlowRow, START_S, Sent};
 use rvs_fixtures::cases;
 use rvs_fixtures::native::{Native, SEED};
 use rvs_fixtures::world::{
-    BACK, BACK_MAC, CLIENT_MAC, LAN, LAN_MAC, Layout, Net, REFUSED, SERVERS, STRANGER, server_mac,
+    BACK, BACK_MAC, CLIENT_MAC, LAN, LAN_MAC, LAN_VLAN, Layout, Net, REFUSED, SERVERS, STRANGER, VLANS, server_mac,
 };
 use rvs_sys::bpf::attach::Hook;
 use rvs_sys::bpf::{Dataplane, OBJECT, Sizes};
@@ -24,9 +24,18 @@ pub const CASES: &[crate::Case] = &[
     ("packet_fixtures_are_the_same_through_tc", || same_in_the_kernel_and_natively(Hook::Tc, RESOLVED)),
 ];
 
-/// Cases in which a next hop has no known neighbour: tc has the kernel resolve it.
-const RESOLVED: &[&str] =
-    &["a_hop_that_is_not_ready", "a_reply_whose_client_has_no_known_neighbour", "fullnat_whose_way_is_not_known"];
+/// Cases in which a next hop has no known neighbour: tc has the kernel resolve it. And those with VLAN tags in the frame, where a test
+/// of a tc program leaves them, and the kernel itself does not.
+const RESOLVED: &[&str] = &[
+    "a_hop_that_is_not_ready",
+    "a_reply_whose_client_has_no_known_neighbour",
+    "fullnat_whose_way_is_not_known",
+    "vlan_tags_of_requests",
+    "vlan_tags_of_what_passes",
+    "vlan_tags_of_errors",
+    "vlan_tags_towards_real_servers",
+    "vlan_tags_of_replies",
+];
 
 fn same_in_the_kernel_and_natively(hook: Hook, except: &[&str]) {
     let ns = director();
@@ -79,13 +88,26 @@ fn director() -> Ns {
         ns.ip(&format!("addr add {} dev {name}", addresses[0]));
         ns.ip(&format!("-6 addr add {} dev {name} nodad", addresses[1]));
     }
+    // In the place of VLAN devices, which this kernel may not have: routes lead by them.
+    for (at, (index, lower, _)) in (0..).zip(VLANS) {
+        ns.ip(&format!("link add vlan{index} index {index} type veth peer name vlan{index}-far index {}", 41 + at));
+        ns.ip(&format!(
+            "link set vlan{index} address {}",
+            mac(if [LAN, 32].contains(&lower) { LAN_MAC } else { BACK_MAC })
+        ));
+        ns.ip(&format!("link set vlan{index} up"));
+        ns.ip(&format!("link set vlan{index}-far up"));
+    }
+    ns.ip(&format!("addr add 172.31.0.1/24 dev vlan{LAN_VLAN}"));
+    ns.ip(&format!("-6 addr add fd00:31::1/64 dev vlan{LAN_VLAN} nodad"));
     for path in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
         assert!(ns.sh(&format!("echo 1 > /proc/sys/net/{path}")).status.success(), "{path}");
     }
     for (net, family, bits) in [(Net::V4, "", 32), (Net::V6, "-6 ", 128)] {
         let known =
-            |address, to, dev| ns.ip(&format!("neigh add {address} lladdr {} dev {dev} nud permanent", mac(to)));
+            |address, to, dev: &str| ns.ip(&format!("neigh add {address} lladdr {} dev {dev} nud permanent", mac(to)));
         known(net.client(0).ip(), CLIENT_MAC, "lan");
+        known(net.vlan_client(0).ip(), CLIENT_MAC, &format!("vlan{LAN_VLAN}"));
         for number in SERVERS {
             known(net.server(number, 0).ip(), server_mac(number), "back");
         }
@@ -233,6 +255,9 @@ impl Engine for Kernel {
         }
         for iface in &layout.ifaces {
             maps.ifaces.set(iface.ifindex, *iface).expect("an interface");
+        }
+        for (place, vlan) in &layout.vlans {
+            maps.vlans.set(*place, *vlan).expect("a VLAN device");
         }
         for (key, index) in &layout.keys {
             maps.keys.insert(*key, u64::from(*index)).expect("a service");

@@ -1,0 +1,75 @@
+//! The way of fragments: see [`crate::frag`].
+
+use super::{forward, starts_anew};
+use crate::abi::Hop;
+use crate::conn::{self, Conns};
+use crate::ct::{self, Found};
+use crate::frag::{self, Note};
+use crate::packet::{Flow, Ip, Packet};
+use crate::tables::{Of, Route, Tables};
+use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use crate::xmit::{self, End};
+
+/// Of which datagram this fragment is.
+#[inline(always)]
+pub(super) fn datagram<I: Ip>(flow: &Flow<I>) -> frag::Key {
+    frag::Key::new(I::slice(&flow.key.words), flow.part.id(), I::FAMILY, flow.protocol())
+}
+
+/// A first fragment: where it goes, those after it will. (Of no connection yet it comes here once more when that is made.)
+#[inline(always)]
+pub(super) fn first_fragment<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    let c = I::conns(t);
+    let noted = match ct::lookup::<I, _>(c.table(), &flow.key) {
+        // What follows is not ours to translate (see `forward`).
+        Found::Live(hit) if hit.control & (ct::REVERSE | ct::LINKED) == ct::REVERSE | ct::LINKED => true,
+        Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &flow.key, &hit) {
+            Some(reply) => note(t, flow, conn::dest(reply.forward.control), Some(reply.virtual_address)),
+            None => true,
+        },
+        // What is over begins anew, perhaps with another dest.
+        Found::Live(hit) => starts_anew(c, flow, hit.control) || note(t, flow, conn::dest(hit.control), None),
+        _ => true,
+    };
+    if noted { Verdict::go(Stage::Far, 1) } else { drop(Reason::FragmentConflict) }
+}
+
+/// A first fragment leaves word for those after it. False: they could not be told from another datagram's.
+#[inline(always)]
+pub(super) fn note<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32, reply_from: Option<I::Addr>) -> bool {
+    let end = (flow.len - u32::from(flow.by) - I::HEADER as u32) / 8;
+    let note = Note { dest, reply: reply_from.is_some(), virtual_address: I::pair(reply_from), end: end as u16 };
+    t.leave_note(&datagram(flow), &note)
+}
+
+/// A fragment that is not the first one: after that.
+#[inline(always)]
+pub(super) fn later<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+    match t.find_note(&datagram(flow)) {
+        frag::Found::None => pass(Reason::Fragment),
+        frag::Found::Conflict => drop(Reason::FragmentConflict),
+        frag::Found::Note(note) if flow.part.at() < note.end => drop(Reason::FragmentOverlap),
+        frag::Found::Note(note) if note.reply => later_reply(p, t, flow, &note),
+        frag::Found::Note(note) => forward(p, t, flow, note.dest),
+    }
+}
+
+/// ... of a real server's reply (NAT).
+#[inline(always)]
+fn later_reply<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, note: &Note) -> Verdict {
+    if flow.ttl <= 1 {
+        return pass(Reason::ReplyTtl);
+    }
+    t.count_out(note.dest, flow.len);
+    let (from, mut hop) = (I::from_pair(note.virtual_address), Hop::default());
+    let route = t.route::<I>([from, flow.destination()], flow.protocol(), flow.len, &mut hop);
+    let resolve = route == Route::NoNeighbour && t.resolves();
+    if !xmit::translate_any::<I, P>(p, flow, End::Source, from, 0, route == Route::Hop || resolve) {
+        return drop(Reason::Internal);
+    }
+    match route {
+        Route::Hop => xmit::send(p, &hop, Reason::MasqReply),
+        _ if resolve => Verdict::resolve(hop.ifindex, Reason::MasqReply),
+        _ => Verdict::new(Action::Up, Reason::ByKernel),
+    }
+}

@@ -1,0 +1,204 @@
+//! Fragments: the first one has the ports, goes the way of a packet, and leaves a note of where to; those after it follow the note.
+//!
+//! A note is for one datagram: its addresses, its id and protocol (RFC 791 3.2, RFC 8200 4.5), so direction is part of it. Notes lie in a
+//! table of fixed size, four to a bucket, where the oldest goes first, and hold as long as the kernel would wait for the rest of a
+//! datagram. Writers claim a place by compare-and-swap of its control word, and publish by it; readers take what they read if the control word is the
+//! same before and after. (The same word with another key in between has the same dest, and so the same virtual address.)
+//!
+//! What can't be told apart is not sent anywhere: an id used again for another way while a note holds turns that into a note of a conflict.
+//! Fragments that reach into the first one, which says where they go to, are dropped.
+
+use crate::abi::{FRAGMENTS_MAX, fragment};
+use crate::tables::Tables;
+
+/// Seconds that a note holds (`net.ipv4.ipfrag_time`).
+pub const HOLDS_S: u32 = 30;
+/// Places of a bucket.
+const WAYS: u32 = 4;
+
+/// Which part of a datagram a packet is: `id:32 | 0:15 | more:1 | at:16`, one word so that it stays in a register.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Part(u64);
+
+impl Part {
+    pub const WHOLE: Part = Part(0);
+    /// `at`: where it begins, in units of eight bytes; `more`: it is not the last.
+    #[inline(always)]
+    pub fn new(id: u32, at: u16, more: bool) -> Part {
+        Part(u64::from(id) << 32 | u64::from(more) << 16 | u64::from(at))
+    }
+    #[inline(always)]
+    pub fn id(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+    #[inline(always)]
+    pub fn at(self) -> u16 {
+        self.0 as u16
+    }
+    #[inline(always)]
+    pub fn is_first(self) -> bool {
+        self.0 & 0x1_ffff == 0x1_0000
+    }
+    #[inline(always)]
+    pub fn is_later(self) -> bool {
+        self.at() != 0
+    }
+    #[inline(always)]
+    pub fn is_whole(self) -> bool {
+        self.0 & 0x1_ffff == 0
+    }
+}
+
+/// Of which datagram: addresses as they lie in the packet (IPv4: the first word), `id:32 | family:8 | protocol:8`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Key {
+    pub addresses: [u64; 4],
+    pub rest: u64,
+}
+
+impl Key {
+    #[inline(always)]
+    pub fn new(words: &[u64], id: u32, family: u8, protocol: u8) -> Key {
+        let mut addresses = [0; 4];
+        let mut i = 0;
+        while i < words.len() && i < 4 {
+            addresses[i] = words[i];
+            i += 1;
+        }
+        Key { addresses, rest: u64::from(id) << 32 | u64::from(family) << 8 | u64::from(protocol) }
+    }
+}
+
+/// Where the datagram goes.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Note {
+    pub virtual_address: [u64; 2],
+    pub dest: u32,
+    /// End of the first fragment, in units of eight bytes.
+    pub end: u16,
+    /// A reply (NAT), from the virtual address.
+    pub reply: bool,
+}
+
+/// Control word: `time:24 | conflict:1 | reply:1 | busy:1 | 0:4 | end:13 | dest:20`; 0: free.
+const DEST: u64 = 0xf_ffff;
+const END: u32 = 20;
+const BUSY: u64 = 1 << 37;
+const REPLY: u64 = 1 << 38;
+const CONFLICT: u64 = 1 << 39;
+const TIME: u32 = 40;
+
+#[inline(always)]
+fn word(note: &Note, now_s: u32) -> u64 {
+    let reply = if note.reply { REPLY } else { 0 };
+    u64::from(now_s) << TIME | reply | u64::from(note.end & 0x1fff) << END | u64::from(note.dest) & DEST
+}
+
+/// Seconds since it was written.
+#[inline(always)]
+fn age_s(control: u64, now_s: u32) -> u32 {
+    now_s.wrapping_sub((control >> TIME) as u32) & 0xff_ffff
+}
+
+/// The first place of its bucket.
+#[inline(always)]
+fn bucket<T: Tables>(t: &T, key: &Key) -> u32 {
+    let seed = &t.config().seed.0;
+    let mix = |sum: u64, word: u64| (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    let mut sum = mix(seed[0], key.rest);
+    let mut i = 0;
+    while i < 4 {
+        sum = mix(sum, key.addresses[i] ^ seed[1]);
+        i += 1;
+    }
+    (sum >> 32) as u32 & (FRAGMENTS_MAX - 1) & !(WAYS - 1)
+}
+
+/// Is a note for this key at this place? Its control word.
+#[inline(always)]
+fn is_at<T: Tables>(t: &T, place: u32, key: &Key, now_s: u32) -> Option<u64> {
+    let control = t.fragment(place, fragment::CONTROL);
+    if control == 0 || control & BUSY != 0 || age_s(control, now_s) > HOLDS_S {
+        return None;
+    }
+    let mut other = t.fragment(place, fragment::REST) ^ key.rest;
+    let mut i = 0;
+    while i < 4 {
+        other |= t.fragment(place, fragment::ADDRESSES + i) ^ key.addresses[i as usize];
+        i += 1;
+    }
+    (other == 0).then_some(control)
+}
+
+/// What a later fragment finds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Found {
+    Note(Note),
+    /// Two datagrams with this key.
+    Conflict,
+    None,
+}
+
+/// The note that the first fragment of this datagram left.
+#[inline(always)]
+pub fn find<T: Tables>(t: &T, key: &Key, now_s: u32) -> Found {
+    let (first, mut i) = (bucket(t, key), 0);
+    while i < WAYS {
+        let place = first + i;
+        i += 1;
+        let Some(control) = is_at(t, place, key, now_s) else { continue };
+        let virtual_address = [t.fragment(place, fragment::ADDRESS), t.fragment(place, fragment::ADDRESS + 1)];
+        if t.fragment(place, fragment::CONTROL) != control {
+            continue;
+        }
+        if control & CONFLICT != 0 {
+            return Found::Conflict;
+        }
+        return Found::Note(Note {
+            dest: (control & DEST) as u32,
+            reply: control & REPLY != 0,
+            virtual_address,
+            end: (control >> END) as u16 & 0x1fff,
+        });
+    }
+    Found::None
+}
+
+/// Leave a note for what comes after this first fragment. False: there is one that says otherwise, and this datagram goes nowhere.
+#[inline(always)]
+pub fn leave<T: Tables>(t: &T, key: &Key, note: &Note, now_s: u32) -> bool {
+    let (first, mut i) = (bucket(t, key), 0);
+    let (mut victim, mut oldest) = (first, 0);
+    let new = word(note, now_s);
+    while i < WAYS {
+        let place = first + i;
+        i += 1;
+        if let Some(control) = is_at(t, place, key, now_s) {
+            // The same again, as networks do, or another one.
+            let same = (control ^ new) << (64 - TIME) == 0;
+            let word = if same { new } else { new | CONFLICT };
+            return t.swap_fragment(place, control, word) && same;
+        }
+        let control = t.fragment(place, fragment::CONTROL);
+        let age = if control == 0 { u32::MAX } else { age_s(control, now_s) };
+        if control & BUSY == 0 && age >= oldest {
+            (victim, oldest) = (place, age);
+        }
+    }
+    let control = t.fragment(victim, fragment::CONTROL);
+    // Another CPU was faster: the rest of this datagram finds no note.
+    if control & BUSY == 0 && t.swap_fragment(victim, control, new | BUSY) {
+        let mut i = 0;
+        while i < 4 {
+            t.set_fragment(victim, fragment::ADDRESSES + i, key.addresses[i as usize]);
+            i += 1;
+        }
+        t.set_fragment(victim, fragment::REST, key.rest);
+        t.set_fragment(victim, fragment::ADDRESS, note.virtual_address[0]);
+        t.set_fragment(victim, fragment::ADDRESS + 1, note.virtual_address[1]);
+        t.set_fragment(victim, fragment::CONTROL, new);
+    }
+    true
+}
