@@ -4,6 +4,7 @@
 //! listed as ignored with the reason. The programs under test are found as `rvs_lab::director::program` says.
 
 mod bad_input;
+mod fragments;
 mod layouts;
 mod operations;
 mod plain;
@@ -29,6 +30,7 @@ fn main() {
         transfers::tests(),
         operations::tests(),
         traffic::tests(),
+        fragments::tests(),
         bad_input::tests(),
         scale::tests(),
     ];
