@@ -13,6 +13,7 @@ mod skb;
 mod stages;
 mod tc;
 mod timer;
+mod trace;
 mod words;
 mod xdp;
 

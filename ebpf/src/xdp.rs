@@ -1,17 +1,21 @@
 //! The pipeline for XDP, native and generic.
 
+use ::core::hint::cold_path;
+
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::XdpContext;
 use rvs_datapath::abi::iface::REDIRECT_BACK;
+use rvs_datapath::abi::{Iface, TRACED};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::Packet;
-use rvs_datapath::verdict::{Action, Stage, Verdict};
+use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
 use crate::stages::call;
+use crate::trace;
 
 /// The whole of an XDP program.
 #[inline(always)]
@@ -19,7 +23,16 @@ pub fn run(ctx: &XdpContext) -> u32 {
     let mut packet = Xdp::new(ctx);
     let ifindex = packet.ifindex();
     let iface = maps::iface(ifindex);
-    let verdict = process(ctx, ifindex, core::arrive(&mut packet, iface));
+    let verdict = if iface.ifindex == ifindex {
+        process(ctx, ifindex, core::arrive(&mut packet, iface))
+    } else {
+        cold_path();
+        if iface.ifindex == ifindex | TRACED {
+            Verdict::from_word(traced(ctx.ctx))
+        } else {
+            pass(Reason::OtherInterface)
+        }
+    };
     maps::count_verdict(verdict);
     match verdict.action() {
         // SAFETY: a helper without memory arguments.
@@ -32,6 +45,20 @@ pub fn run(ctx: &XdpContext) -> u32 {
         Action::Up => xdp_action::XDP_PASS,
         Action::Drop => xdp_action::XDP_DROP,
     }
+}
+
+/// The same, and `rvs trace` is told.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
+    let ctx = XdpContext::new(ctx);
+    let mut packet = Xdp::new(&ctx);
+    let ifindex = packet.ifindex();
+    trace::keep(trace::From::Xdp(ctx.ctx), ifindex, packet.frame_len());
+    let iface = Iface { ifindex, ..*maps::iface(ifindex) };
+    let verdict = process(&ctx, ifindex, core::arrive(&mut packet, &iface));
+    trace::tell(verdict.word());
+    verdict.word()
 }
 
 /// All of it, for a packet of this family.

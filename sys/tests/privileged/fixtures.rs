@@ -25,7 +25,7 @@ pub const CASES: &[crate::Case] = &[
 ];
 
 /// Cases in which a next hop has no known neighbour: tc has the kernel resolve it.
-const RESOLVED: &[&str] = &["a_hop_that_is_not_ready", "a_reply_whose_client_has_no_known_neighbour"];
+pub const RESOLVED: &[&str] = &["a_hop_that_is_not_ready", "a_reply_whose_client_has_no_known_neighbour"];
 
 fn same_in_the_kernel_and_natively(hook: Hook, except: &[&str]) {
     let ns = director();
@@ -54,7 +54,7 @@ fn same_in_the_kernel_and_natively(hook: Hook, except: &[&str]) {
 }
 
 /// The kernel carries no frame shorter than its Ethernet header, and as an skb none shorter than its IP header.
-fn carried(hook: Hook, frame: &[u8]) -> bool {
+pub fn carried(hook: Hook, frame: &[u8]) -> bool {
     frame.len()
         >= match (hook, frame.get(12..14)) {
             (Hook::Tc, Some([8, 0])) => 34,
@@ -65,7 +65,7 @@ fn carried(hook: Hook, frame: &[u8]) -> bool {
 }
 
 /// The director of `rvs_fixtures::world`: interfaces, addresses, routes and neighbours.
-fn director() -> Ns {
+pub fn director() -> Ns {
     let ns = Ns::new();
     let mac = |m: [u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
     for (name, index, address, far) in [("lan", LAN, LAN_MAC, STRANGER), ("back", BACK, BACK_MAC, STRANGER + 1)] {
@@ -94,10 +94,10 @@ fn director() -> Ns {
 }
 
 /// A BPF file system of our own, gone with the test.
-struct Bpffs(PathBuf);
+pub struct Bpffs(PathBuf);
 
 impl Bpffs {
-    fn mount(name: &str) -> Bpffs {
+    pub fn mount(name: &str) -> Bpffs {
         let folder = std::env::temp_dir().join(format!("rvssys-{}-bpf-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let none: Option<&str> = None;
@@ -115,8 +115,8 @@ impl Drop for Bpffs {
 }
 
 /// The programs and maps of the kernel.
-struct Kernel {
-    dataplane: Dataplane,
+pub struct Kernel {
+    pub dataplane: Dataplane,
     hook: Hook,
     /// What is loaded, to be taken away again.
     layout: Layout,
@@ -129,7 +129,7 @@ struct Kernel {
 }
 
 impl Kernel {
-    fn open(pins: &Bpffs, hook: Hook) -> Kernel {
+    pub fn open(pins: &Bpffs, hook: Hook) -> Kernel {
         // 4096 buckets for each family, as natively.
         let sizes = Sizes { flows4: 8192, flows6: 6144, ..SIZES };
         // Without the timer: the clock is ours.
@@ -147,7 +147,7 @@ impl Kernel {
     fn counter(&self, reason: usize) -> u64 {
         self.dataplane.maps.verdicts.get(reason as u32).expect("a counter").iter().sum()
     }
-    fn stats(&self, dest: u32) -> Stats {
+    pub fn stats(&self, dest: u32) -> Stats {
         let values = self.dataplane.maps.dest_stats.get(dest).expect("counters");
         values.iter().map(|v| v.stats).fold(Stats::default(), |a, b| Stats {
             connections: a.connections + b.connections,
