@@ -9,6 +9,7 @@ mod operations;
 mod plain;
 mod restart;
 mod scale;
+mod seen;
 mod support;
 mod traffic;
 mod transfers;
@@ -31,6 +32,7 @@ fn main() {
         traffic::tests(),
         bad_input::tests(),
         scale::tests(),
+        seen::tests(),
     ];
     let trial = |test: support::Test| Trial::ignorable_test(test.name, test.run).with_ignored_flag(!root);
     libtest_mimic::run(&Arguments::from_args(), tests.into_iter().flatten().map(trial).collect()).exit();
