@@ -220,6 +220,11 @@ fn any_packet_is_rehearsed_as_it_is_played(hook: Hook) {
                 now_s += r.of(&[1, 70, 400]);
                 engine.set_now(now_s);
             }
+            if r.once_in(2) {
+                // What is rehearsed and not played then leaves nothing in the copy either.
+                let (frame, ifindex) = packet(&mut r, &world);
+                let _ = engine.rehearse(&frame, ifindex);
+            }
             let (frame, ifindex) = packet(&mut r, &world);
             let outcome = engine.rehearse(&frame, ifindex);
             let dests = world.layout().dests.len() as u32;
