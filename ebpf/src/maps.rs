@@ -74,6 +74,13 @@ pub fn iface(ifindex: u32) -> &'static Iface {
     unsafe { &*Ifaces::at(ifindex) }
 }
 
+/// The same, traced or not.
+#[inline(always)]
+pub fn whosever(ifindex: u32) -> Iface {
+    let iface = *iface(ifindex);
+    Iface { ifindex: iface.number(), ..iface }
+}
+
 #[inline(always)]
 pub fn count_verdict(verdict: Verdict) {
     const _: () = assert!(COUNTERS.is_power_of_two());
@@ -153,7 +160,7 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     }
     #[inline(always)]
     fn iface(&self, ifindex: u32) -> Iface {
-        *iface(ifindex)
+        whosever(ifindex)
     }
     #[inline(always)]
     fn vlan(&self, place: u32) -> Vlan {

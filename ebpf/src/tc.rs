@@ -1,8 +1,10 @@
 //! The tc programs: the same pipeline as in XDP, over skbs. Its stages are functions of their own here too (see `stages`).
 
+use ::core::hint::cold_path;
+
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
-use rvs_datapath::abi::hop;
+use rvs_datapath::abi::{Iface, TRACED, hop};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::{ETHERTYPE, L3, Packet, Window};
@@ -11,6 +13,7 @@ use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 use crate::maps::{self, Maps, NEXT_HOP};
 use crate::skb::Skb;
 use crate::stages::call;
+use crate::trace;
 
 const IPV4: u32 = 0x0800u16.to_be() as u32;
 const IPV6: u32 = 0x86ddu16.to_be() as u32;
@@ -22,12 +25,15 @@ const NEXT: i32 = TC_ACT_UNSPEC;
 #[inline(always)]
 pub fn arrive(skb: *mut __sk_buff) -> i32 {
     let mut packet = Skb::new(skb);
-    // SAFETY: a field of the context. The kernel has taken the VLAN tag out of the frame; it comes by again as one of the VLAN device.
-    let verdict = if unsafe { (*skb).vlan_present } != 0 {
-        pass(Reason::NotIp)
+    let ifindex = packet.ifindex();
+    let iface = maps::iface(ifindex);
+    let verdict = if iface.ifindex == ifindex | TRACED {
+        cold_path();
+        let verdict = Verdict::from_word(tc_traced(skb));
+        packet.reread();
+        verdict
     } else {
-        packet.pull();
-        process(&mut packet, skb)
+        decide(&mut packet, skb, iface)
     };
     maps::count_verdict(verdict);
     match verdict.action() {
@@ -38,6 +44,29 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
         Action::Up => NEXT,
         Action::Drop => TC_ACT_SHOT as i32,
     }
+}
+
+#[inline(always)]
+fn decide(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
+    // SAFETY: a field of the context. The kernel has taken the VLAN tag out of the frame; it comes by again as one of the VLAN device.
+    if unsafe { (*skb).vlan_present } != 0 {
+        return pass(Reason::NotIp);
+    }
+    packet.pull();
+    process(packet, skb, iface)
+}
+
+/// The same, and `rvs trace` is told (see `xdp::traced`).
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn tc_traced(skb: *mut __sk_buff) -> u64 {
+    let mut packet = Skb::new(skb);
+    let ifindex = packet.ifindex();
+    trace::keep(trace::From::Skb(skb), ifindex, packet.frame_len());
+    let iface = Iface { ifindex, ..*maps::iface(ifindex) };
+    let verdict = decide(&mut packet, skb, &iface);
+    trace::tell(verdict.word());
+    verdict.word()
 }
 
 #[inline(always)]
@@ -93,8 +122,7 @@ fn tables(skb: *mut __sk_buff) -> Maps<true> {
 }
 
 #[inline(always)]
-fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
-    let iface = maps::iface(packet.ifindex());
+fn process(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
     match core::arrive_untagged(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 lend4 make_way4 give_up4],

@@ -5,8 +5,8 @@ use ::core::hint::cold_path;
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::XdpContext;
-use rvs_datapath::abi::Iface;
 use rvs_datapath::abi::iface::REDIRECT_BACK;
+use rvs_datapath::abi::{Iface, TRACED};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::Packet;
@@ -17,6 +17,7 @@ use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
 use crate::stages::call;
+use crate::trace;
 
 /// The whole of an XDP program.
 #[inline(always)]
@@ -24,22 +25,16 @@ pub fn run(ctx: &XdpContext) -> u32 {
     let mut packet = Xdp::new(ctx);
     let ifindex = packet.ifindex();
     let iface = maps::iface(ifindex);
-    let family = core::arrive(&mut packet, iface);
-    if core::is_tagged(family) {
+    let verdict = if iface.ifindex == ifindex {
+        decide(ctx, &mut packet, iface, ifindex)
+    } else {
         cold_path();
-        return end(Verdict::from_word(tagged(ctx.ctx)), iface, ifindex);
-    }
-    let verdict = process(ctx, ifindex, family);
-    if verdict.is_by_vlan() {
-        cold_path();
-        return end(Verdict::from_word(retag(ctx.ctx, verdict.word(), 0)), iface, ifindex);
-    }
-    end(verdict, iface, ifindex)
-}
-
-/// What the kernel is to do with it.
-#[inline(always)]
-fn end(verdict: Verdict, iface: &Iface, ifindex: u32) -> u32 {
+        if iface.ifindex == ifindex | TRACED {
+            Verdict::from_word(traced(ctx.ctx))
+        } else {
+            pass(Reason::OtherInterface)
+        }
+    };
     maps::count_verdict(verdict);
     match verdict.action() {
         // SAFETY: a helper without memory arguments.
@@ -52,6 +47,36 @@ fn end(verdict: Verdict, iface: &Iface, ifindex: u32) -> u32 {
         Action::Up => xdp_action::XDP_PASS,
         Action::Drop => xdp_action::XDP_DROP,
     }
+}
+
+/// What becomes of a frame that came by this interface.
+#[inline(always)]
+fn decide(ctx: &XdpContext, packet: &mut Xdp<'_>, iface: &Iface, ifindex: u32) -> Verdict {
+    let family = core::arrive(packet, iface);
+    if core::is_tagged(family) {
+        cold_path();
+        return Verdict::from_word(tagged(ctx.ctx));
+    }
+    let verdict = process(ctx, ifindex, family);
+    if verdict.is_by_vlan() {
+        cold_path();
+        return Verdict::from_word(retag(ctx.ctx, verdict.word(), 0));
+    }
+    verdict
+}
+
+/// The same, and `rvs trace` is told.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
+    let ctx = XdpContext::new(ctx);
+    let mut packet = Xdp::new(&ctx);
+    let ifindex = packet.ifindex();
+    trace::keep(trace::From::Xdp(ctx.ctx), ifindex, packet.frame_len());
+    let iface = Iface { ifindex, ..*maps::iface(ifindex) };
+    let verdict = decide(&ctx, &mut packet, &iface, ifindex);
+    trace::tell(verdict.word());
+    verdict.word()
 }
 
 /// All of it, for a packet of this family.
@@ -91,7 +116,7 @@ pub extern "C" fn tagged(ctx: *mut xdp_md) -> u64 {
         return pass(Reason::NotIp).word();
     }
     let by = arrived_by(&ctx);
-    let family = core::arrive_untagged(&mut Xdp::by(&ctx, by), maps::iface(by));
+    let family = core::arrive_untagged(&mut Xdp::by(&ctx, by), &maps::whosever(by));
     let mut verdict = process(&ctx, by, family);
     if vlan::concerns(verdict, Some(Tags::from_word(tags))) {
         verdict = Verdict::from_word(retag(ctx.ctx, verdict.word(), tags));
