@@ -23,7 +23,9 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         Reason::FragmentTiny | Reason::FragmentOverlap | Reason::FragmentConflict => {
             "look for whoever makes such fragments; nobody honest does"
         }
-        Reason::FragmentLent => "have the sender use packets that need not be fragmented, or another method than full NAT",
+        Reason::FragmentLent => {
+            "have the sender use packets that need not be fragmented, or another method than full NAT"
+        }
         Reason::NoLocalAddress | Reason::NoLocalPort => "give the service (more) local addresses: ipvsadm -P",
         Reason::Entering => "ask again",
         Reason::NoService => "see ipvsadm -Ln for the services' addresses, ports and protocols",

@@ -126,7 +126,7 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
         // The hot path: plain packets only.
         Stage::Whole => {
             return match parse::<I, P>(p) {
-                Ok(flow) => whole(p, t, &flow),
+                Ok(flow) => whole(p, t, &flow, stage),
                 Err(verdict) => verdict,
             };
         }
@@ -141,6 +141,7 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
     // What the packet says is kept when it may begin a flow.
     let kept = match stage {
         Stage::Far
+        | Stage::FarReply
         | Stage::Fragment
         | Stage::Note
         | Stage::Retire
@@ -171,7 +172,8 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
     match stage {
         Stage::Far if flow.part.is_later() => Verdict::go(Stage::Fragment, 0),
         Stage::Far if flow.part.is_first() && number == 0 => Verdict::go(Stage::Note, 0),
-        Stage::Far => whole(p, t, flow),
+        Stage::Far => whole(p, t, flow, stage),
+        Stage::FarReply => reply_apart(p, t, flow),
         Stage::Note => fragments::first_fragment(t, flow),
         Stage::Fragment => fragments::later(p, t, flow),
         Stage::Retire => retire(t, flow),
@@ -337,13 +339,16 @@ pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u3
 }
 
 #[inline(always)]
-fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, stage: Stage) -> Verdict {
     let c = I::conns(t);
     match ct::lookup::<I, _>(c.table(), &flow.key) {
         Found::Live(hit) if hit.control & ct::REVERSE != 0 => {
             if hit.control & ct::LINKED != 0 {
                 t.keep(flow);
                 return Verdict::go(Stage::FullnatReply, hit.slot::<I>());
+            }
+            if stage == Stage::Far {
+                return Verdict::go(Stage::FarReply, 0);
             }
             match conn::follow::<I, _>(c, &flow.key, &hit) {
                 Some(reply) => answer_client(p, t, c, flow, &hit, &reply),
@@ -357,6 +362,20 @@ fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Ve
             Verdict::go(Stage::Anew, conn::dest(control))
         }
         Found::None => begin(t, flow),
+    }
+}
+
+/// A reply (NAT), in a stage that is about nothing else.
+#[inline(always)]
+fn reply_apart<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+    let c = I::conns(t);
+    let Found::Live(hit) = ct::lookup::<I, _>(c.table(), &flow.key) else { return pass(Reason::NoService) };
+    if hit.control & (ct::REVERSE | ct::LINKED) != ct::REVERSE {
+        return pass(Reason::NoService);
+    }
+    match conn::follow::<I, _>(c, &flow.key, &hit) {
+        Some(reply) => answer_client(p, t, c, flow, &hit, &reply),
+        None => pass(Reason::NoService),
     }
 }
 

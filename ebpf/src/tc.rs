@@ -126,11 +126,11 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
     match core::arrive_untagged(packet, iface) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 lend4 make_way4 give_up4],
-                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_note4 tc_error_lent4])
+                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_note4 tc_error_lent4 tc_far_reply4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 lend6 make_way6 give_up6],
-                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_note6 tc_error_lent6])
+                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_note6 tc_error_lent6 tc_far_reply6])
         }),
         Err(verdict) => verdict,
     }
@@ -149,7 +149,7 @@ macro_rules! stages {
             if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable | Stage::TooBig) {
                 packet.look_at_checksum::<$family>();
             }
-            if matches!(Stage::$stage, Stage::Far | Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent) {
+            if matches!(Stage::$stage, Stage::Far | Stage::FarReply | Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent) {
                 packet.pull_far();
             }
             let number = 0 $(+ $number)?;
@@ -176,6 +176,7 @@ stages! {
     tc_fragment4 tc_fragment6() Fragment;
     tc_note4 tc_note6() Note;
     tc_error_lent4 tc_error_lent6() ErrorLent;
+    tc_far_reply4 tc_far_reply6() FarReply;
     tc_time_exceeded4 tc_time_exceeded6() TimeExceeded;
     tc_port_unreachable4 tc_port_unreachable6() PortUnreachable;
 }

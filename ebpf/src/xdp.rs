@@ -86,11 +86,11 @@ fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdi
     match family {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole4(ctx, ifindex), [first4 enter4 link4 lend4 make_way4 give_up4],
-                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4 reply_options4 fullnat_send4 far4 fragment4 note4 error_lent4])
+                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4 reply_options4 fullnat_send4 far4 fragment4 note4 error_lent4 far_reply4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole6(ctx, ifindex), [first6 enter6 link6 lend6 make_way6 give_up6],
-                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6 reply_options6 fullnat_send6 far6 fragment6 note6 error_lent6])
+                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6 reply_options6 fullnat_send6 far6 fragment6 note6 error_lent6 far_reply6])
         }),
         Err(verdict) => verdict,
     }
@@ -183,6 +183,7 @@ stages! {
     fragment4 fragment6() Fragment;
     note4 note6() Note;
     error_lent4 error_lent6() ErrorLent;
+    far_reply4 far_reply6() FarReply;
     time_exceeded4 time_exceeded6() TimeExceeded;
     port_unreachable4 port_unreachable6() PortUnreachable;
 }
