@@ -376,13 +376,15 @@ pub fn reverse_key<F: Addressing, C: Conns<F> + ?Sized>(
     control: u64,
     slot: Slot,
 ) -> Option<Key<F::Words>> {
-    if c.fullnat(dest(control)) {
-        return fullnat::reverse_key(c, forward, control, slot);
-    }
     let (address, port) = c.dest_address(dest(control))?;
     let port = if port == 0 { forward.dport() } else { port };
-    let words = F::words(address, F::source(&forward.words));
-    Some(Key::new(words, port, forward.sport(), ct::proto(control)))
+    let (to, to_port) = if c.fullnat(dest(control)) {
+        let lent = fullnat::side(c, slot, forward)?;
+        (lent.address, lent.port())
+    } else {
+        (F::source(&forward.words), forward.sport())
+    };
+    Some(Key::new(F::words(address, to), port, to_port, ct::proto(control)))
 }
 
 /// A forward entry and its key.

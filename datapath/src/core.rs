@@ -78,7 +78,8 @@ pub fn retag<P: Frame, T: Tables>(p: &mut P, t: &T, verdict: Verdict, tags: Opti
     }
 }
 
-/// Stages of one packet at most: a new flow's first packet takes five (NAT, and into a tunnel), and four more for each dest that can't take it.
+/// Stages of one packet at most: a new flow's first packet takes six (NAT) to ten (FULLNAT), and four or five more for each dest that can't take
+/// it.
 const STAGES: u32 = 14;
 
 /// From stage to stage, until one has the verdict.
@@ -468,9 +469,9 @@ fn rewrite<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool, ho
     if done { xmit::send(p, hop, reason) } else { drop(Reason::Internal) }
 }
 
-/// Address and port of the server for NAT.
+/// Address and port of the server, for the methods that translate.
 #[inline(always)]
-fn server<I: Ip>(flow: &Flow<I>, d: &Dest) -> (I::Addr, u16) {
+pub fn server<I: Ip>(flow: &Flow<I>, d: &Dest) -> (I::Addr, u16) {
     (I::from_bytes(&d.address), if d.port == 0 { flow.key.dport() } else { d.port })
 }
 
@@ -734,11 +735,7 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
     if !xmit::translate::<I, P>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, ready) {
         return drop(Reason::Internal);
     }
-    match route {
-        Route::Hop => xmit::send(p, &hop, Reason::MasqReply),
-        _ if resolve => Verdict::resolve(hop.ifindex, Reason::MasqReply),
-        _ => Verdict::new(Action::Up, Reason::ByKernel),
-    }
+    xmit::leave(p, route, resolve, &hop, Reason::MasqReply)
 }
 
 /// State, age and counters for a reply. The forward entry's control word as it is now.

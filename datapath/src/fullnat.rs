@@ -10,18 +10,18 @@
 //!
 //! Who the client is, is told in a TCP option (254, "TOA": port, address) of the packets until the server has acknowledged something that
 //! came after its own SYN: the option may be lost with a packet, and a server looks at the segment that completes the handshake, or at
-//! the first with data, or both. Never in the SYN, where SYN cookies forget it. An option 254 of the client's own is blanked.
+//! the first with data, or both. Never in the SYN, where SYN cookies forget it. An option 254 of the client's own is blanked meanwhile.
 
 use crate::abi::Dest;
 use crate::conn::{self, Conns, fullnat as lent};
-use crate::core::replied;
+use crate::core::{replied, server};
 use crate::csum::Delta;
 use crate::ct::{self, Buckets, Found, Key};
 use crate::options::{Edit, TOA};
 use crate::packet::{Flow, Ip, Packet, Window};
 use crate::proto::tcp;
 use crate::tables::{Of, Route, Tables, Walker};
-use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use crate::verdict::{Reason, Stage, Verdict, drop, pass};
 use crate::xmit::{self, Ends};
 
 /// Ports lent: those of the kernel's own range are among them, since the addresses are the director's for this alone.
@@ -71,9 +71,10 @@ pub fn lend<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> V
         conn::give_up::<I, _>(c, &flow.key, place);
         return drop(Reason::NoLocalAddress);
     }
+    let (address, port) = server(flow, d);
     let mut search = Search::<I> {
-        server: I::from_bytes(&d.address),
-        server_port: if d.port == 0 { flow.key.dport() } else { d.port },
+        server: address,
+        server_port: port,
         proto: flow.proto(),
         first: locals as u32,
         count,
@@ -90,7 +91,7 @@ pub fn lend<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> V
     Verdict::go(Stage::Link, place)
 }
 
-/// In the number of [`Stage::Fullnat`], beside the slot: [`introduce`] has been there, and found no room.
+/// In the number of [`Stage::Fullnat`], beside the slot: [`introduce`] has seen to the packet; and it found no room for the option.
 const INTRODUCED: u32 = 1 << 31;
 const BARE: u32 = 1 << 30;
 const _: () = assert!(conn::SLOTS_MAX <= BARE);
@@ -104,10 +105,10 @@ pub fn request<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
         t.keep(flow);
         return Verdict::go(Stage::Introduce, slot);
     }
-    let server = I::from_bytes(&d.address);
+    let destination = server(flow, d);
     let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
     let route = match hop.ifindex {
-        0 => t.route::<I>([side.address, server], flow.protocol(), flow.len, &mut hop),
+        0 => t.route::<I>([side.address, destination.0], flow.protocol(), flow.len, &mut hop),
         _ => Route::Hop,
     };
     let resolve = route == Route::NoNeighbour && t.resolves();
@@ -118,13 +119,7 @@ pub fn request<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
         Route::NoNeighbour => return drop(Reason::NoNeighbour),
         _ => return drop(Reason::NoRoute),
     }
-    let port = if d.port == 0 { flow.key.dport() } else { d.port };
-    let ends = Ends {
-        source: (side.address, side.port()),
-        destination: (server, port),
-        sequence: side.delta,
-        acknowledged: 0,
-    };
+    let ends = Ends { source: (side.address, side.port()), destination, sequence: side.delta, acknowledged: 0 };
     if !xmit::readdress::<I, P>(p, flow.tcp, &ends, true) {
         return drop(Reason::Internal);
     }
@@ -181,8 +176,8 @@ fn numbers<I: Ip, P: Packet>(p: &mut P) -> Option<(u32, u32, u32)> {
 /// The sequence number that a host of the local address would begin with (RFC 6528).
 #[inline(always)]
 fn initial<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, d: &Dest, side: &Side<I>) -> u32 {
-    let port = if d.port == 0 { flow.key.dport() } else { d.port };
-    let key = Key::new(I::words(side.address, I::from_bytes(&d.address)), side.port(), port, conn::TCP);
+    let (address, port) = server(flow, d);
+    let key = Key::new(I::words(side.address, address), side.port(), port, conn::TCP);
     let ports = u64::from(side.port()).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let hash = I::hash(&key.words, key.control ^ ports, &t.config().seed);
     ((hash >> 32) as u32 ^ hash as u32).wrapping_add(t.sequence_clock())
@@ -190,7 +185,7 @@ fn initial<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, d: &Dest, side: &Side<I>)
 
 /// Length of the option.
 #[inline(always)]
-pub const fn told_length<I: Ip>() -> usize {
+const fn told_length<I: Ip>() -> usize {
     if I::FAMILY == 4 { 8 } else { 20 }
 }
 
@@ -316,11 +311,7 @@ pub fn send<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, nu
     if !xmit::readdress::<I, P>(p, flow.tcp, &ends, route == Route::Hop || resolve) {
         return drop(Reason::Internal);
     }
-    match route {
-        Route::Hop => xmit::send(p, &hop, Reason::FullnatReply),
-        _ if resolve => Verdict::resolve(hop.ifindex, Reason::FullnatReply),
-        _ => Verdict::new(Action::Up, Reason::ByKernel),
-    }
+    xmit::leave(p, route, resolve, &hop, Reason::FullnatReply)
 }
 
 /// The options of a reply: room for the client's address in what the client is told to send at most, and selective acknowledgements as it

@@ -3,6 +3,7 @@
 use crate::abi::Hop;
 use crate::csum::Delta;
 use crate::packet::{Flow, Ip, L3, Packet, Window};
+use crate::tables::Route;
 use crate::verdict::{Action, Reason, Verdict, drop};
 
 /// Which end of the packet NAT rewrites.
@@ -112,6 +113,16 @@ pub fn count_down<I: Ip, P: Packet>(p: &mut P) -> bool {
     let Some(mut w) = p.window(I::L4) else { return false };
     I::count_down(&mut w);
     true
+}
+
+/// Off to the next hop that was found; or the kernel finds its MAC address (`resolve`), or forwards what is left to it translated.
+#[inline(always)]
+pub fn leave<P: Packet>(p: &mut P, route: Route, resolve: bool, hop: &Hop, reason: Reason) -> Verdict {
+    match route {
+        Route::Hop => send(p, hop, reason),
+        _ if resolve => Verdict::resolve(hop.ifindex, reason),
+        _ => Verdict::new(Action::Up, Reason::ByKernel),
+    }
 }
 
 /// Address the frame, and out.

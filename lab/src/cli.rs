@@ -29,7 +29,7 @@ pub enum Command {
     },
     /// Show the labs there are
     Status,
-    /// Build a lab, show NAT and DR at work in it, and take it down
+    /// Build a lab, show all forwarding methods at work in it, and take it down
     Run(demo::Args),
     /// End a lab; without a name all but those that another process uses
     Down { name: Option<String> },

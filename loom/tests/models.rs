@@ -226,7 +226,7 @@ fn open_nat(t: &Table, key: &K) -> Opened {
     conn::open(t, key, 1, ESTABLISHED, true)
 }
 fn reverse_of(t: &Table, key: &K) -> K {
-    conn::reverse_key(t, key, key.control | 1 << conn::DEST_SHIFT).unwrap()
+    conn::reverse_key(t, key, key.control | 1 << conn::DEST_SHIFT, 0).unwrap()
 }
 
 /// The flow is freed while a reply goes by: both entries go, or (the reply was first) both stay.

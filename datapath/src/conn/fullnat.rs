@@ -2,9 +2,9 @@
 //! kept in a row beside the forward entry, found by its slot ([`Conns::side`]).
 //!
 //! ```text
-//! word 0   fingerprint:32 | port:16 | told:1 ... flags:16     written last: the row is valid for the flow of that fingerprint
-//! word 1   delta:32 | first:32       what is added to the client's sequence numbers; its first one + 1
-//! word 2   0:32 | server:32          the server's first sequence number + 1; 0: not known yet
+//! word 0   fingerprint:32 | port:16 | 0:15 | told:1   of which flow it is, written last; the local port; see TOLD
+//! word 1   delta:32 | first:32                        what is added to the client's sequence numbers; its first one + 1
+//! word 2   0:32 | server:32                           the server's first sequence number + 1; 0: not known yet
 //! word 3.. the local address
 //! ```
 //! The reverse entry (real server -> local address) has both REVERSE and LINKED: it is not followed by the client's address, as
@@ -133,7 +133,7 @@ pub fn begin<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, first: u32,
 #[inline(always)]
 pub fn answered<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, server: u32) {
     if let Some(row) = c.side(slot) {
-        // 0 would say that it is not known; with the number before it a client is told once less.
+        // 0 would say that it is not known. (With any other number this one server, of four billion, is not told who its client is.)
         row.store(SERVER, u64::from(if server == 0 { u32::MAX } else { server }));
     }
 }
@@ -144,20 +144,6 @@ pub fn told<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &Side<
     if let Some(row) = c.side(slot) {
         let _ = row.cas(WHO, side.who, side.who | TOLD);
     }
-}
-
-/// Key of the replies to a forward entry; `None`: its row is not there.
-#[inline(always)]
-pub fn reverse_key<F: Addressing, C: Conns<F> + ?Sized>(
-    c: &C,
-    forward: &Key<F::Words>,
-    control: u64,
-    slot: Slot,
-) -> Option<Key<F::Words>> {
-    let (server, port) = c.dest_address(dest(control))?;
-    let lent = side(c, slot, forward)?;
-    let port = if port == 0 { forward.dport() } else { port };
-    Some(Key::new(F::words(server, lent.address), port, lent.port(), ct::proto(control)))
 }
 
 /// A forward entry and its row.

@@ -7,7 +7,7 @@ use crate::ct::{self, Found};
 use crate::frag::{self, Note};
 use crate::packet::{Flow, Ip, Packet};
 use crate::tables::{Of, Route, Tables};
-use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use crate::verdict::{Reason, Stage, Verdict, drop, pass};
 use crate::xmit::{self, End};
 
 /// Of which datagram this fragment is.
@@ -21,8 +21,13 @@ pub(super) fn datagram<I: Ip>(flow: &Flow<I>) -> frag::Key {
 pub(super) fn first_fragment<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     let c = I::conns(t);
     let noted = match ct::lookup::<I, _>(c.table(), &flow.key) {
-        // What follows is not ours to translate (see `forward`).
-        Found::Live(hit) if hit.control & (ct::REVERSE | ct::LINKED) == ct::REVERSE | ct::LINKED => true,
+        // By full NAT: what follows is not translated yet, and is told apart by its note.
+        Found::Live(hit) if conn::fullnat::is_lent::<I, _>(c, hit.control) && hit.control & ct::REVERSE != 0 => {
+            match conn::fullnat::follow::<I, _>(c, &flow.key, &hit) {
+                Some((reply, _)) => note(t, flow, conn::dest(reply.forward.control), None),
+                None => true,
+            }
+        }
         Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &flow.key, &hit) {
             Some(reply) => note(t, flow, conn::dest(reply.forward.control), Some(reply.virtual_address)),
             None => true,
@@ -67,9 +72,5 @@ fn later_reply<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, no
     if !xmit::translate_any::<I, P>(p, flow, End::Source, from, 0, route == Route::Hop || resolve) {
         return drop(Reason::Internal);
     }
-    match route {
-        Route::Hop => xmit::send(p, &hop, Reason::MasqReply),
-        _ if resolve => Verdict::resolve(hop.ifindex, Reason::MasqReply),
-        _ => Verdict::new(Action::Up, Reason::ByKernel),
-    }
+    xmit::leave(p, route, resolve, &hop, Reason::MasqReply)
 }

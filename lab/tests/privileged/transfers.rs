@@ -74,8 +74,11 @@ fn narrow_path(hook: Hook) -> TestResult {
             // What the server has learnt by the method before.
             lab.node("rs1")?.run(&["ip", if ipv6 { "-6" } else { "-4" }, "route", "flush", "cache"])?;
             let before = rvs.verdicts()?;
-            there_and_back(&lab, vip, &format!("narrow-{method}-{ipv6}"))
-                .map_err(|why| format!("{method}, {vip}: {why:?}"))?;
+            let name = format!("narrow-{method}-{ipv6}");
+            // What the server has learnt about one local address says nothing of the other, so that it advertises full frames there; and
+            // the router's veth loses what is too large for it without a word.
+            let done = if method == "--fullnat" { there(&lab, vip) } else { there_and_back(&lab, vip, &name) };
+            done.map_err(|why| format!("{method}, {vip}: {why:?}"))?;
             let since = rvs.verdicts()?.since(&before);
             check(since.of("icmp_error_in") > 0, || format!("{method}, {vip}: no error was passed on: {since}"))?;
             rvs.ipvsadm(&format!("-D -t {vip}"))?;
@@ -115,14 +118,19 @@ fn through_tunnels(hook: Hook, offload: bool) -> TestResult {
     Ok(())
 }
 
+/// A download.
+fn there(lab: &Lab, vip: std::net::SocketAddr) -> TestResult {
+    let body = load::http_get(lab.node("client")?, vip, "/payload", TRANSFER_TIME)?;
+    check(lab.topology().servers().any(|s| body == service::payload(&s.name)), || {
+        format!("the download of {} bytes is no server's file", body.len())
+    })
+}
+
 /// One download and one upload; the two servers take turns.
 fn there_and_back(lab: &Lab, vip: std::net::SocketAddr, name: &str) -> TestResult {
+    there(lab, vip)?;
     let client = lab.node("client")?;
-    let body = load::http_get(client, vip, "/payload", TRANSFER_TIME)?;
     let servers: Vec<&str> = lab.topology().servers().map(|n| n.name.as_str()).collect();
-    check(servers.iter().any(|s| body == service::payload(s)), || {
-        format!("the download of {} bytes is no server's file", body.len())
-    })?;
     let sent = service::payload(name);
     load::http_put(client, vip, &format!("/upload/{name}"), &sent, TRANSFER_TIME)?;
     let kept = |server: &str| Ok::<_, rvs_lab::Error>(lab.node(server)?.dir().join("web/upload").join(name));
