@@ -185,12 +185,12 @@ fn whose(d: &Director, ends: &Ends, reason: Reason, bytes: &[u8]) -> Option<(Bel
         _ => return None,
     };
     let maps = &d.dataplane.maps;
-    let address = rvs_control::plan::bytes;
+    let address = |address| rvs_datapath::abi::Address::from(rvs_control::plan::bytes(address));
     let (from, to) = (address(from), address(to));
     let of = if ends.source.is_ipv4() {
-        maps.conns4.of_packet([V4::from_bytes(&from), V4::from_bytes(&to)], [from_port, to_port], proto)
+        maps.conns4.of_packet([V4::from_address(&from), V4::from_address(&to)], [from_port, to_port], proto)
     } else {
-        maps.conns6.of_packet([V6::from_bytes(&from), V6::from_bytes(&to)], [from_port, to_port], proto)
+        maps.conns6.of_packet([V6::from_address(&from), V6::from_address(&to)], [from_port, to_port], proto)
     }?;
     Some((of, if of.reply { from_port } else { to_port }))
 }

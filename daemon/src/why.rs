@@ -1,7 +1,6 @@
 //! `rvs why`: what would become of a packet, found out on a copy of the data plane.
 
 use std::cell::RefCell;
-use std::net::IpAddr;
 
 use rvs_control::api::{
     Code, Connection, DestId, Forward, Frame, Outcome, Probe, ProbeProto, Proto, Refusal, ServiceId, TunnelChecksum,
@@ -9,6 +8,7 @@ use rvs_control::api::{
 };
 use rvs_control::model::{DestKey, ServiceKey};
 use rvs_control::net::{Link, RouteQuery};
+use rvs_control::plan::address;
 use rvs_control::{advice, headers, limits};
 use rvs_datapath::abi::{self, dest, tunnel};
 use rvs_datapath::verdict::{Action, Kind, Reason};
@@ -175,14 +175,10 @@ fn dest_of(d: &Director, index: u32, port: u16) -> Result<(WhyDest, Option<Servi
 /// Address and port of the dest of this index (`port`: the packet's own, for one that has none), and its service.
 pub fn named(d: &Director, index: u32, port: u16) -> Result<(DestId, Option<ServiceId>), BpfError> {
     let record = d.dataplane.maps.dests.get(index)?;
-    let addr = address(&record.address, record.out as u32 & dest::V6 != 0);
+    let addr = address(&record.address.bytes(), record.out as u32 & dest::V6 != 0);
     let port = if record.port == 0 { port } else { record.port };
     let service = d.dataplane.maps.services.get(record.service)?;
     Ok((DestId { addr, port }, service_id(&service.key)))
-}
-
-fn address(bytes: &[u8; 16], v6: bool) -> IpAddr {
-    if v6 { IpAddr::from(*bytes) } else { IpAddr::from([bytes[0], bytes[1], bytes[2], bytes[3]]) }
 }
 
 /// `None`: of a firewall mark.

@@ -248,11 +248,28 @@ pub struct Service {
     pub locals: u64,
 }
 
+/// An IP address as in a packet, an IPv4 one in the first four bytes. In words, since of bytes a program makes a load each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Address(pub [u64; 2]);
+impl Address {
+    pub fn bytes(self) -> [u8; 16] {
+        let [a, b] = self.0.map(u64::to_ne_bytes);
+        core::array::from_fn(|i| if i < 8 { a[i] } else { b[i - 8] })
+    }
+}
+impl From<[u8; 16]> for Address {
+    fn from(bytes: [u8; 16]) -> Address {
+        let word = |at| u64::from_ne_bytes(core::array::from_fn(|i| bytes[at + i]));
+        Address([word(0), word(8)])
+    }
+}
+
 /// A local address of FULLNAT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Local {
-    pub address: [u8; 16],
+    pub address: Address,
 }
 
 /// Local addresses of all services.
@@ -302,7 +319,7 @@ pub mod dest {
 pub struct Dest {
     /// Bits [`dest`] (low half) and index in HOPS (high half; 0: not ready, ask the routing table). One store publishes both.
     pub out: u64,
-    pub address: [u8; 16],
+    pub address: Address,
     /// 0: the connection's own port.
     pub port: u16,
     pub mtu: u16,
@@ -322,7 +339,7 @@ impl Dest {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tunnel {
     /// This host's address for the dest's, of its family; 0: not known yet.
-    pub source: [u8; 16],
+    pub source: Address,
     /// Destination port of GUE (host order).
     pub port: u16,
     /// [`tunnel`].

@@ -27,13 +27,17 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
     let mut packet = Skb::new(skb);
     let ifindex = packet.ifindex();
     let iface = maps::iface(ifindex);
-    let verdict = if iface.ifindex == ifindex | TRACED {
-        cold_path();
-        let verdict = Verdict::from_word(tc_traced(skb));
-        packet.reread();
-        verdict
-    } else {
+    let verdict = if iface.ifindex == ifindex {
         decide(&mut packet, skb, iface)
+    } else {
+        cold_path();
+        if iface.ifindex == ifindex | TRACED {
+            let verdict = Verdict::from_word(tc_traced(skb));
+            packet.reread();
+            verdict
+        } else {
+            pass(Reason::OtherInterface)
+        }
     };
     maps::count_verdict(verdict);
     match verdict.action() {
@@ -46,6 +50,7 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
     }
 }
 
+/// What becomes of a frame that came in by this interface, traced or not.
 #[inline(always)]
 fn decide(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
     // SAFETY: a field of the context. The kernel has taken the VLAN tag out of the frame; it comes by again as one of the VLAN device.
@@ -63,8 +68,7 @@ pub extern "C" fn tc_traced(skb: *mut __sk_buff) -> u64 {
     let mut packet = Skb::new(skb);
     let ifindex = packet.ifindex();
     trace::keep(trace::From::Skb(skb), ifindex, packet.frame_len());
-    let iface = Iface { ifindex, ..*maps::iface(ifindex) };
-    let verdict = decide(&mut packet, skb, &iface);
+    let verdict = decide(&mut packet, skb, maps::iface(ifindex));
     trace::tell(verdict.word());
     verdict.word()
 }
@@ -123,7 +127,7 @@ fn tables(skb: *mut __sk_buff) -> Maps<true> {
 
 #[inline(always)]
 fn process(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
-    match core::arrive_untagged(packet, iface) {
+    match core::untagged(core::addressed(packet, iface)) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 lend4 make_way4 give_up4],
                 [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_note4 tc_error_lent4 tc_far_reply4])

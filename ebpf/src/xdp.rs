@@ -49,10 +49,10 @@ pub fn run(ctx: &XdpContext) -> u32 {
     }
 }
 
-/// What becomes of a frame that came by this interface.
+/// What becomes of a frame that came in by this interface, traced or not.
 #[inline(always)]
 fn decide(ctx: &XdpContext, packet: &mut Xdp<'_>, iface: &Iface, ifindex: u32) -> Verdict {
-    let family = core::arrive(packet, iface);
+    let family = core::addressed(packet, iface);
     if core::is_tagged(family) {
         cold_path();
         return Verdict::from_word(tagged(ctx.ctx));
@@ -73,8 +73,7 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
     let mut packet = Xdp::new(&ctx);
     let ifindex = packet.ifindex();
     trace::keep(trace::From::Xdp(ctx.ctx), ifindex, packet.frame_len());
-    let iface = Iface { ifindex, ..*maps::iface(ifindex) };
-    let verdict = decide(&ctx, &mut packet, &iface, ifindex);
+    let verdict = decide(&ctx, &mut packet, maps::iface(ifindex), ifindex);
     trace::tell(verdict.word());
     verdict.word()
 }
@@ -116,7 +115,7 @@ pub extern "C" fn tagged(ctx: *mut xdp_md) -> u64 {
         return pass(Reason::NotIp).word();
     }
     let by = arrived_by(&ctx);
-    let family = core::arrive_untagged(&mut Xdp::by(&ctx, by), &maps::whosever(by));
+    let family = core::untagged(core::arrive(&mut Xdp::by(&ctx, by), &maps::whosever(by)));
     let mut verdict = process(&ctx, by, family);
     if vlan::concerns(verdict, Some(Tags::from_word(tags))) {
         verdict = Verdict::from_word(retag(ctx.ctx, verdict.word(), tags));

@@ -153,7 +153,7 @@ fn packets_are_traced(hook: Hook) -> TestResult {
     check(wrong.as_ref().is_err_and(|e| e.to_string().contains("tcp_port_80")), || format!("{wrong:?}"))
 }
 
-/// Interfaces with the bit `abi::TRACED` (of the number at bytes 8..12), and whether the programs have a filter.
+/// Interfaces with the bit `abi::TRACED` (`abi::Iface`: of the number at bytes 8..12 of 24), and whether the programs have a filter.
 fn told(rvs: &Director<'_>) -> TestResult<(usize, bool)> {
     let bytes = |name: &str| -> TestResult<Vec<u8>> {
         let path = rvs.pins().join(name).to_string_lossy().into_owned();
@@ -164,7 +164,7 @@ fn told(rvs: &Director<'_>) -> TestResult<(usize, bool)> {
         Ok(bytes.ok_or_else(|| format!("no bytes of {name} in {}", &text[..text.len().min(200)]))?)
     };
     let ifaces = bytes("IFACES")?;
-    Ok((ifaces.chunks(16).filter(|iface| iface[11] & 0x80 != 0).count(), bytes("TRACE")?.iter().any(|b| *b != 0)))
+    Ok((ifaces.chunks(24).filter(|iface| iface[11] & 0x80 != 0).count(), bytes("TRACE")?.iter().any(|b| *b != 0)))
 }
 
 fn no_tracing_is_left(hook: Hook) -> TestResult {
