@@ -171,6 +171,25 @@ impl<'a> Client<'a> {
         }
     }
 
+    /// The same of an answer without end: until `take` says that it has enough (`false`).
+    pub fn follow<E: From<BackendError>>(
+        &mut self,
+        body: RequestBody,
+        mut take: impl FnMut(ResponseBody) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        self.backend.send(body)?;
+        loop {
+            match self.backend.receive()?.body {
+                ResponseBody::Refused(refusal) => return Err(BackendError::Refused(refusal).into()),
+                body => {
+                    if !take(body)? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
     pub fn status(&mut self) -> Result<Status, BackendError> {
         let mut status = None;
         self.query(RequestBody::Status, |body| match body {
@@ -197,6 +216,8 @@ pub fn unexpected(body: &ResponseBody) -> BackendError {
         ResponseBody::Stats(_) => "stats",
         ResponseBody::LocalAddresses(_) => "local_addresses",
         ResponseBody::Status(_) => "status",
+        ResponseBody::Why(_) => "why",
+        ResponseBody::Traced { .. } => "traced",
     };
     BackendError::Garbled(format!("`{kind}` answers another question"))
 }

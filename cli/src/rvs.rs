@@ -4,6 +4,8 @@
 
 mod proc;
 mod show;
+mod trace;
+mod why;
 
 use std::io::{ErrorKind, Write};
 
@@ -14,6 +16,7 @@ pub use proc::File;
 use crate::backend::{Backend, BackendError, Client};
 
 const EXIT_REFUSED: u8 = 1;
+const EXIT_USAGE: u8 = 2;
 
 /// The subcommands that ask rvsd something. What needs no rvsd has its own module beside this one; the binary joins
 /// them.
@@ -36,6 +39,10 @@ pub enum Query {
         #[arg(long)]
         json: bool,
     },
+    /// Say what would become of a packet now, and why, without sending it
+    Why(why::Args),
+    /// Show packets as they come, with what becomes of them
+    Trace(trace::Args),
 }
 
 /// Why a command was not carried out.
@@ -47,6 +54,10 @@ pub enum Error {
     Output(std::io::Error),
     #[error("can't write JSON: {0}")]
     Json(serde_json::Error),
+    #[error("{0}")]
+    Usage(String),
+    #[error("can't write {path}: {error}")]
+    Pcap { path: String, error: pcap_file::PcapError },
 }
 
 /// Asks `backend` and returns the exit code.
@@ -56,6 +67,8 @@ pub fn run(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backen
             Query::Proc { file } => proc::print(*file, &mut client, stdout),
             Query::Drops { json } => show::drops(*json, &mut client, stdout),
             Query::Status { json } => show::status(*json, &mut client, stdout),
+            Query::Why(args) => why::print(args, &mut client, stdout),
+            Query::Trace(args) => trace::print(args, &mut client, stdout, stderr),
         }?;
         stdout.flush().map_err(Error::Output)
     });
@@ -65,7 +78,7 @@ pub fn run(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backen
         Err(Error::Output(error)) if error.kind() == ErrorKind::BrokenPipe => EXIT_REFUSED,
         Err(error) => {
             complain(stderr, &error);
-            EXIT_REFUSED
+            if matches!(error, Error::Usage(_)) { EXIT_USAGE } else { EXIT_REFUSED }
         }
     }
 }

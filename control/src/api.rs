@@ -12,6 +12,7 @@ mod convert;
 mod frame;
 mod listing;
 mod rows;
+mod seen;
 
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ pub use rows::{
     ConnOrigin, ConnRow, CpuStats, DaemonRow, DestRow, DropRow, EngineData, ListRow, LocalAddressRow, Rates,
     ServiceRow, Stats, StatsReport, Status, conn_state_name,
 };
+pub use seen::{Connection, Frame, Outcome, Probe, ProbeProto, TracedRow, WhyDest, WhyRow};
 
 /// Version of this protocol. A server refuses any other ([`Code::BadVersion`]): both ends are installed together.
 pub const VERSION: u32 = 1;
@@ -83,6 +85,12 @@ pub enum RequestBody {
     LocalAddresses(Option<ServiceId>),
     /// Whether rvsd is ready, and what it is.
     Status,
+    /// What would become of these packets, at most [`PROBES_MAX`](crate::limits::PROBES_MAX); answered by [`ResponseBody::Why`], a row
+    /// each. Nothing changes by it.
+    Why(Vec<Probe>),
+    /// Packets as they come, for which a filter holds ([`crate::filter`]); answered by [`ResponseBody::Traced`], at least once a second,
+    /// until the client is gone.
+    Trace(String),
 }
 
 /// Which services a listing shows, and in which order.
@@ -292,6 +300,12 @@ pub enum ResponseBody {
     Stats(Box<StatsReport>),
     LocalAddresses(Vec<LocalAddressRow>),
     Status(Box<Status>),
+    Why(Vec<WhyRow>),
+    Traced {
+        packets: Vec<TracedRow>,
+        /// How many were lost since the trace began, because nobody took them in time.
+        lost: u64,
+    },
 }
 
 /// Why a request was not carried out.

@@ -2,9 +2,12 @@
 //! no sockets, no clock, no threads, no files.
 #![forbid(unsafe_code)]
 
+pub mod advice;
 pub mod api;
 pub mod capability;
+pub mod filter;
 pub mod firewall;
+pub mod headers;
 pub mod limits;
 pub mod lists;
 pub mod model;

@@ -52,3 +52,13 @@ pub const REFUSAL_DETAIL_LINES_MAX: usize = 64;
 
 /// CPUs in the per-CPU statistics: what fits in one answer line, and twice the largest machine of today.
 pub const CPUS_MAX: usize = 2048;
+
+/// Packets that one request may ask `rvs why` about: each copies the state of the data plane, some 20 ms with tables of the default sizes.
+pub const PROBES_MAX: usize = 64;
+
+/// Packets in one line of `rvs trace`'s answer: with 2048 bytes of each, in hexadecimal, they fit in a response line.
+pub const TRACED_PER_LINE: usize = 64;
+
+/// Longest filter of `rvs trace`, bytes, and how deep its parentheses may be nested: far more than anybody types.
+pub const FILTER_BYTES_MAX: usize = 4096;
+pub const FILTER_DEPTH_MAX: usize = 32;

@@ -29,8 +29,8 @@ use crate::lists;
 use crate::model::{Change, Dest, DestKey, Model, Scheduler, Service, ServiceKey};
 pub use op::MapOp;
 use place::{Indexes, Run, Runs};
-pub use record::bytes;
 use record::{abi_key, describe, method_bits, tunnel_record};
+pub use record::{address, bytes};
 pub use restore::{Dump, DumpedDest, DumpedService, RestoreError};
 
 /// Longer than any packet is under way in the data plane.
@@ -320,7 +320,8 @@ impl Planner {
             return Ok(());
         };
         self.remember(key, step);
-        let addresses: Vec<_> = service.local_addresses.iter().map(|a| abi::Local { address: bytes(*a) }).collect();
+        let addresses: Vec<_> =
+            service.local_addresses.iter().map(|a| abi::Local { address: bytes(*a).into() }).collect();
         let run = match addresses.len() as u32 {
             0 => None,
             count => Some(self.rest.locals.take(count)?),
@@ -475,7 +476,7 @@ impl Planner {
         let address = dest.key.addr;
         let mut record = abi::Dest {
             out: u64::from(method_bits(dest.method) | flag::AVAILABLE),
-            address: bytes(address),
+            address: bytes(address).into(),
             port: dest.key.port,
             mtu: 0,
             service,
@@ -648,7 +649,7 @@ impl Planner {
         if let Some(Way::Hop { source: Some(source), .. }) = way
             && record.out as u32 & flag::METHOD == flag::TUNNEL
         {
-            mirror.tunnel.source = bytes(*source);
+            mirror.tunnel.source = bytes(*source).into();
         }
         mirror
     }

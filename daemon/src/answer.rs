@@ -4,9 +4,10 @@ use std::net::IpAddr;
 use std::ops::Range;
 
 use rvs_control::api::{
-    self, Code, ConnOrigin, ConnRow, Counters, CpuStats, DestCounters, DropRow, Rates, Refusal, Request, RequestBody,
-    Response, ResponseBody, StatsReport, Status,
+    self, Code, ConnOrigin, ConnRow, Counters, CpuStats, DestCounters, DropRow, Probe, Rates, Refusal, Request,
+    RequestBody, Response, ResponseBody, StatsReport, Status,
 };
+use rvs_control::filter::Filter;
 use rvs_control::limits;
 use rvs_control::model::{DestKey, ServiceKey};
 use rvs_datapath::abi::Stats;
@@ -20,12 +21,23 @@ use crate::rates::What;
 pub enum Answer {
     Lines(Vec<Response>),
     Connections(ConnectionList),
+    Why(u64, Vec<Probe>),
+    Trace(u64, Filter),
 }
 
 pub fn answer(d: &mut Director, request: Request) -> Answer {
     let id = request.id;
     let body = match request.body {
         RequestBody::Connections => return Answer::Connections(ConnectionList::new(id)),
+        RequestBody::Why(probes) => return Answer::Why(id, probes),
+        RequestBody::Trace(filter) => match Filter::parse(&filter) {
+            Ok(_) if d.tracing => {
+                let reason = "another rvs trace is being told of packets: one at a time";
+                ResponseBody::Refused(Refusal::new(Code::Full, reason))
+            }
+            Ok(filter) => return Answer::Trace(id, filter),
+            Err(error) => ResponseBody::Refused(Refusal::new(Code::Invalid, error.to_string())),
+        },
         RequestBody::List(filter) => match api::list(&d.model, &filter, &Counted(d)) {
             Ok(rows) => return Answer::Lines(api::in_chunks(id, rows, ResponseBody::List).collect()),
             Err(refusal) => ResponseBody::Refused(refusal),
@@ -53,7 +65,7 @@ pub fn answer(d: &mut Director, request: Request) -> Answer {
     Answer::Lines(vec![Response::whole(id, body)])
 }
 
-fn or_refused(body: Result<ResponseBody, BpfError>) -> ResponseBody {
+pub fn or_refused(body: Result<ResponseBody, BpfError>) -> ResponseBody {
     body.unwrap_or_else(|error| ResponseBody::Refused(Refusal::new(Code::Failed, shown(&error))))
 }
 

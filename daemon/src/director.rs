@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rvs_control::api::{self, Code, Refusal};
@@ -9,9 +10,10 @@ use rvs_control::capability::Capabilities;
 use rvs_control::model::{Change, Command, Env, FwdMethod, Model};
 use rvs_control::net::Link;
 use rvs_control::plan::{Capacity, GRACE_MS, PlanError, Planner, RestoreError, Step, Way};
+use rvs_datapath::abi::Trace;
 use rvs_sys::bpf::attach::Hook;
 use rvs_sys::bpf::{BpfError, Dataplane, OBJECT};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::rates::Estimator;
 
@@ -51,6 +53,10 @@ pub struct Director {
     unready: BTreeSet<IpAddr>,
     /// Sent to after each look at the network.
     pub looked: watch::Sender<()>,
+    /// A client is being told of packets: interfaces are marked.
+    pub tracing: bool,
+    /// Copies of the data plane, for `rvs why`: one at a time.
+    pub rehearsals: Arc<Semaphore>,
 }
 
 /// No connection names it during two full sweeps, and some.
@@ -68,7 +74,7 @@ impl Director {
             hops: maps.hops.len(),
         };
         let (model, planner) = Planner::restore(&maps.dump()?, &capacity)?;
-        Ok(Director {
+        let mut director = Director {
             dataplane,
             model,
             planner,
@@ -81,7 +87,27 @@ impl Director {
             interfaces: BTreeMap::new(),
             unready: BTreeSet::new(),
             looked: watch::Sender::new(()),
-        })
+            tracing: false,
+            rehearsals: Arc::new(Semaphore::new(1)),
+        };
+        // One before us may have been killed in the middle of it.
+        director.trace(None)?;
+        Ok(director)
+    }
+
+    /// Have the programs tell of these packets; `None`: of none.
+    pub fn trace(&mut self, what: Option<Trace>) -> Result<(), BpfError> {
+        let maps = &self.dataplane.maps;
+        maps.trace.set(0, what.unwrap_or_default())?;
+        self.tracing = what.is_some();
+        for at in 0..maps.ifaces.len() {
+            let there = maps.ifaces.get(at)?;
+            let marked = there.traced(self.tracing);
+            if there.number() != 0 && marked != there {
+                maps.ifaces.set(at, marked)?;
+            }
+        }
+        Ok(())
     }
 
     pub fn now_ms(&self) -> u64 {

@@ -8,6 +8,8 @@ mod network;
 mod options;
 mod rates;
 mod socket;
+mod trace;
+mod why;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;

@@ -346,16 +346,18 @@ impl Network {
         let ifaces = &d.dataplane.maps.ifaces;
         let at = link.ifindex % ifaces.len();
         let there = ifaces.get(at).map_err(|e| shown(&e))?;
-        if there.ifindex != 0 && there.ifindex != link.ifindex && self.attached.contains_key(&there.ifindex) {
+        if ![0, link.ifindex].contains(&there.number()) && self.attached.contains_key(&there.number()) {
             return Err(format!(
                 "interface {} (number {}) falls together with number {} in the table of interfaces",
-                link.name, link.ifindex, there.ifindex
+                link.name,
+                link.ifindex,
+                there.number()
             ));
         }
         let mac = link.mac.map(|m| m.0).unwrap_or_default();
         let flags = if link.kind == "veth" { iface::REDIRECT_BACK } else { 0 };
         let (lower, tag) = nexthop::vlan_of(link).unwrap_or_default();
-        let iface = Iface { lower, tag, ..Iface::new(link.ifindex, mac, flags, link.mtu) };
+        let iface = Iface { lower, tag, ..Iface::new(link.ifindex, mac, flags, link.mtu) }.traced(d.tracing);
         if there != iface {
             ifaces.set(at, iface).map_err(|e| shown(&e))?;
         }

@@ -16,6 +16,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use crate::answer::{Answer, answer};
 use crate::director::Director;
+use crate::{trace, why};
 
 /// Clients at a time: each has a decoder of at most one request line.
 const CLIENTS_MAX: usize = 256;
@@ -96,6 +97,15 @@ async fn client(mut stream: UnixStream, director: &RefCell<Director>, changed: &
                     // Commands of others come in between.
                     tokio::task::yield_now().await;
                 },
+                Answer::Why(id, probes) => {
+                    let rows = why::rows(director, &probes).await;
+                    let body = rows.map_or_else(ResponseBody::Refused, ResponseBody::Why);
+                    put(&Response::whole(id, body), &mut out)?;
+                }
+                Answer::Trace(id, filter) => {
+                    send(&mut stream, &mut out).await?;
+                    return trace::stream(&mut stream, director, id, &filter).await;
+                }
             }
         }
         if asked {
@@ -125,11 +135,11 @@ async fn ready(director: &RefCell<Director>, mut unready: BTreeSet<IpAddr>) {
     }
 }
 
-fn put(response: &Response, out: &mut Vec<u8>) -> io::Result<()> {
+pub fn put(response: &Response, out: &mut Vec<u8>) -> io::Result<()> {
     encode(response, out).map_err(io::Error::other)
 }
 
-async fn send(stream: &mut UnixStream, out: &mut Vec<u8>) -> io::Result<()> {
+pub async fn send(stream: &mut UnixStream, out: &mut Vec<u8>) -> io::Result<()> {
     let sent = tokio::time::timeout(WRITE_TIME, stream.write_all(out)).await;
     out.clear();
     sent.unwrap_or_else(|_| Err(io::Error::other("the client does not read")))

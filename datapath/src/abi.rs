@@ -19,9 +19,9 @@ pub const VERSION: u64 = {
     hash
 };
 
-/// Names of the maps, as in the programs and in the pin folder. All but [`map::SERVICE_KEYS`] and [`map::TIMER`] are arrays of one
-/// value, which holds all entries one after the other, each of whole 8-byte words: programs and user space reach them
-/// in memory. The number of entries is a power of two.
+/// Names of the maps, as in the programs and in the pin folder. All but [`map::SERVICE_KEYS`], [`map::TIMER`] and [`map::TRACE_RING`] are
+/// arrays of one value, which holds all entries one after the other, each of whole 8-byte words: programs and user space reach
+/// them in memory. The number of entries is a power of two.
 pub mod map {
     /// [`crate::ct`] words of IPv4 flows, by bucket.
     pub const CONN4: &str = "CONN4";
@@ -73,6 +73,13 @@ pub mod map {
     pub const SCRATCH6: &str = "SCRATCH6";
     /// u64 by [`crate::verdict::Reason`], such an array for each CPU.
     pub const VERDICTS: &str = "VERDICTS";
+    /// [`super::Trace`], one entry.
+    pub const TRACE: &str = "TRACE";
+    /// [`super::TraceRoom`], one for each CPU.
+    pub const TRACE_ROOM: &str = "TRACE_ROOM";
+    /// Ring buffer of [`super::Traced`], each followed by the first bytes of its packet. It is not pinned: each load of the programs
+    /// has one of its own.
+    pub const TRACE_RING: &str = "TRACE_RING";
 }
 
 /// One entry.
@@ -129,7 +136,8 @@ pub const SWEEP_TICKS: u32 = 80;
 pub struct Iface {
     /// The first eight bytes of a frame for it, the last two 0: the MAC address.
     pub mac: u64,
-    /// 0: no interface here.
+    /// 0: no interface here. With the bit [`TRACED`] it is nobody's either, and the programs look again: so who is not traced pays
+    /// nothing for it.
     pub ifindex: u32,
     /// Bits [`iface`].
     pub flags: u16,
@@ -143,7 +151,18 @@ impl Iface {
         let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
         Iface { mac: u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]), ifindex, flags, mtu, lower: 0, tag: 0 }
     }
+    /// The interface's number, traced or not.
+    pub fn number(&self) -> u32 {
+        self.ifindex & !TRACED
+    }
+    /// Are packets that come in by it to be told of?
+    #[must_use]
+    pub fn traced(self, on: bool) -> Iface {
+        Iface { ifindex: self.number() | if on { TRACED } else { 0 }, ..self }
+    }
 }
+/// In [`Iface::ifindex`] (the kernel's numbers are below): packets that come in are told of, as [`Trace`] says.
+pub const TRACED: u32 = 1 << 31;
 pub const IFACES_MAX: u32 = 1024;
 
 /// A VLAN device with a program, for frames that have its tag still.
@@ -229,11 +248,28 @@ pub struct Service {
     pub locals: u64,
 }
 
+/// An IP address as in a packet, an IPv4 one in the first four bytes. In words, since of bytes a program makes a load each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Address(pub [u64; 2]);
+impl Address {
+    pub fn bytes(self) -> [u8; 16] {
+        let [a, b] = self.0.map(u64::to_ne_bytes);
+        core::array::from_fn(|i| if i < 8 { a[i] } else { b[i - 8] })
+    }
+}
+impl From<[u8; 16]> for Address {
+    fn from(bytes: [u8; 16]) -> Address {
+        let word = |at| u64::from_ne_bytes(core::array::from_fn(|i| bytes[at + i]));
+        Address([word(0), word(8)])
+    }
+}
+
 /// A local address of FULLNAT.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Local {
-    pub address: [u8; 16],
+    pub address: Address,
 }
 
 /// Local addresses of all services.
@@ -283,7 +319,7 @@ pub mod dest {
 pub struct Dest {
     /// Bits [`dest`] (low half) and index in HOPS (high half; 0: not ready, ask the routing table). One store publishes both.
     pub out: u64,
-    pub address: [u8; 16],
+    pub address: Address,
     /// 0: the connection's own port.
     pub port: u16,
     pub mtu: u16,
@@ -303,7 +339,7 @@ impl Dest {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tunnel {
     /// This host's address for the dest's, of its family; 0: not known yet.
-    pub source: [u8; 16],
+    pub source: Address,
     /// Destination port of GUE (host order).
     pub port: u16,
     /// [`tunnel`].
@@ -407,6 +443,55 @@ pub mod fragment {
 /// Room for the programs' own structures.
 pub const SCRATCH_WORDS: usize = 64;
 
+/// Which packets are told of: those for which each of these holds (`crate::trace`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Trace {
+    /// A bit for each [`crate::verdict::Reason`].
+    pub reasons: u64,
+    /// Source or destination, of `family`, under the mask; a mask of 0: any.
+    pub address: [u8; 16],
+    pub mask: [u8; 16],
+    /// Source or destination port; 0: any.
+    pub port: u16,
+    /// IP protocol number; 0: any.
+    pub protocol: u8,
+    /// 4 or 6; 0: any.
+    pub family: u8,
+    /// Up to this second of [`Clock::now_s`]: nobody is told when the daemon that listened is gone.
+    pub until_s: u32,
+}
+
+/// A packet that is told of.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traced {
+    /// Monotonic clock.
+    pub ns: u64,
+    /// Word of its verdict.
+    pub verdict: u64,
+    /// Interface it came in by.
+    pub ifindex: u32,
+    /// Length of the frame as it came ...
+    pub len: u32,
+    /// ... and how much of it follows.
+    pub kept: u32,
+    pub spare: u32,
+}
+
+/// Bytes of a packet that are kept (a power of two): a whole frame of an Ethernet without jumbo frames.
+pub const TRACE_BYTES: usize = 2048;
+
+/// Where a CPU puts such a packet together.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct TraceRoom {
+    /// Those for which the ring had no room, since the programs were loaded first.
+    pub lost: u64,
+    pub head: Traced,
+    pub bytes: [u8; TRACE_BYTES],
+}
+
 /// Sizes, and no padding: the sum of the fields.
 const _: () = {
     assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 8 + 16);
@@ -425,4 +510,7 @@ const _: () = {
     assert!(size_of::<Stats>() == 40);
     assert!(size_of::<CpuStats>() == 64);
     assert!(size_of::<Hop>() == 16);
+    assert!(size_of::<Trace>() == 8 + 32 + 4 + 4);
+    assert!(size_of::<Traced>() == 32);
+    assert!(size_of::<TraceRoom>() == 8 + 32 + TRACE_BYTES);
 };

@@ -339,22 +339,30 @@ fn count<F: Addressing, C: Conns<F> + ?Sized>(c: &C, control: u64, sign: i64) {
 /// Account for an entry that was freed, and free the other one of a NAT flow.
 #[inline(always)]
 pub fn release<F: Addressing, C: Conns<F> + ?Sized>(c: &C, entry: &Entry<F::Words>) {
-    if entry.control & REVERSE == 0 {
-        count(c, entry.control, -1);
-        if entry.control & LINKED != 0
-            && let Some(key) = reverse_key(c, &entry.key::<F>(c.table().seed()), entry.control, entry.slot)
-            && let Found::Live(hit) = ct::lookup::<F, _>(c.table(), &key)
-            && hit.control & REVERSE != 0
-            && link_of(hit.control) == entry.slot
-            // The flow may be back by now, in the same slot, and the reverse entry be the new one.
-            && forward_of(c, &key, hit.control).is_none()
-        {
-            // Whatever the next hop; but that one.
-            const SAME: u64 = LINK | ct::STATE;
-            let _ = hit.update::<F>(&key.words, |old| if (old ^ hit.control) & SAME == 0 { 0 } else { old });
-        }
-        return;
+    if entry.control & REVERSE == 0 { forward_gone(c, entry) } else { reverse_gone(c, entry) }
+}
+
+/// [`release`], of a forward entry.
+#[inline(always)]
+pub fn forward_gone<F: Addressing, C: Conns<F> + ?Sized>(c: &C, entry: &Entry<F::Words>) {
+    count(c, entry.control, -1);
+    if entry.control & LINKED != 0
+        && let Some(key) = reverse_key(c, &entry.key::<F>(c.table().seed()), entry.control, entry.slot)
+        && let Found::Live(hit) = ct::lookup::<F, _>(c.table(), &key)
+        && hit.control & REVERSE != 0
+        && link_of(hit.control) == entry.slot
+        // The flow may be back by now, in the same slot, and the reverse entry be the new one.
+        && forward_of(c, &key, hit.control).is_none()
+    {
+        // Whatever the next hop; but that one.
+        const SAME: u64 = LINK | ct::STATE;
+        let _ = hit.update::<F>(&key.words, |old| if (old ^ hit.control) & SAME == 0 { 0 } else { old });
     }
+}
+
+/// [`release`], of a reverse entry.
+#[inline(always)]
+pub fn reverse_gone<F: Addressing, C: Conns<F> + ?Sized>(c: &C, entry: &Entry<F::Words>) {
     if let Some((hit, key)) = forward_of(c, &entry.key::<F>(c.table().seed()), entry.control) {
         discard(c, &hit, &key.words);
     }

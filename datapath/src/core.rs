@@ -11,6 +11,7 @@
 //! (other than a rewrite for a next hop that is ready) is left to a stage of its own. So are packets with options or extension headers, which
 //! then take the same way. Each packet leaves through one [`Verdict`].
 
+mod errors;
 mod fragments;
 
 use ::core::hint::cold_path;
@@ -19,12 +20,11 @@ use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found, V4, V6};
 use crate::far::{Extras, Far};
-use crate::frag::{self, Part};
+use crate::frag;
 use crate::fullnat;
 use crate::icmp::{Answer, Error};
 use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::tcp::{self, Way};
-use crate::related::{self, Related};
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
@@ -39,7 +39,7 @@ pub fn process<P: Frame, T: Tables>(p: &mut P, t: &T) -> Verdict {
     let mut family = arrive(p, &t.iface(lower));
     if is_tagged(family) {
         tags = vlan::untag(p, t);
-        family = if tags.is_some() { arrive_untagged(p, &t.iface(p.ifindex())) } else { Err(pass(Reason::NotIp)) };
+        family = if tags.is_some() { untagged(arrive(p, &t.iface(p.ifindex()))) } else { Err(pass(Reason::NotIp)) };
     }
     let verdict = match family {
         Ok(4) => stages(|stage, number| run::<V4, P, T>(p, t, stage, number)),
@@ -50,10 +50,9 @@ pub fn process<P: Frame, T: Tables>(p: &mut P, t: &T) -> Verdict {
     if vlan::concerns(verdict, tags) { retag(p, t, verdict, tags) } else { verdict }
 }
 
-/// The same of a frame whose tags, if there are more, are nobody's.
+/// Of a frame whose tags, if there are more, are nobody's.
 #[inline(always)]
-pub fn arrive_untagged<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
-    let family = arrive(p, iface);
+pub fn untagged(family: Result<u8, Verdict>) -> Result<u8, Verdict> {
     if is_tagged(family) { Err(pass(Reason::NotIp)) } else { family }
 }
 
@@ -104,6 +103,12 @@ pub fn arrive<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
     if iface.ifindex != p.ifindex() {
         return Err(pass(Reason::OtherInterface));
     }
+    addressed(p, iface)
+}
+
+/// The same, when it is known to have come in by that interface.
+#[inline(always)]
+pub fn addressed<P: Packet>(p: &mut P, iface: &Iface) -> Result<u8, Verdict> {
     let Some(w) = p.window(L3) else { return Err(pass(Reason::NotIp)) };
     // The six bytes of a word of eight.
     const MAC: u64 = u64::from_ne_bytes([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0]);
@@ -127,13 +132,13 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
         // The hot path: plain packets only.
         Stage::Whole => {
             return match parse::<I, P>(p) {
-                Ok(flow) => whole(p, t, &flow),
+                Ok(flow) => whole(p, t, &flow, stage),
                 Err(verdict) => verdict,
             };
         }
         Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent => {
             return match I::find(p) {
-                Ok(place) => related::<I, _, T>(&mut Far::<I, P>::new(p, place.by), t, place.by, stage, number),
+                Ok(place) => errors::related::<I, _, T>(&mut Far::<I, P>::new(p, place.by), t, place.by, stage, number),
                 Err(verdict) => verdict,
             };
         }
@@ -142,6 +147,7 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
     // What the packet says is kept when it may begin a flow.
     let kept = match stage {
         Stage::Far
+        | Stage::FarReply
         | Stage::Fragment
         | Stage::Note
         | Stage::Retire
@@ -172,7 +178,8 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
     match stage {
         Stage::Far if flow.part.is_later() => Verdict::go(Stage::Fragment, 0),
         Stage::Far if flow.part.is_first() && number == 0 => Verdict::go(Stage::Note, 0),
-        Stage::Far => whole(p, t, flow),
+        Stage::Far => whole(p, t, flow, stage),
+        Stage::FarReply => reply_apart(p, t, flow),
         Stage::Note => fragments::first_fragment(t, flow),
         Stage::Fragment => fragments::later(p, t, flow),
         Stage::Retire => retire(t, flow),
@@ -189,135 +196,6 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::FullnatSend => fullnat::send(p, t, flow, number),
         _ => open(t, flow, stage, number),
     }
-}
-
-/// An ICMP packet, with `by` bytes of extra headers: an error about a flow goes to its other end; all else is the kernel's business.
-#[inline(always)]
-fn related<I: Of<T> + Extras, P: Packet, T: Tables>(p: &mut P, t: &T, by: usize, stage: Stage, number: u32) -> Verdict {
-    let Some(error) = related::look::<I, P>(p, by) else { return pass(Reason::Icmp) };
-    if stage == Stage::ErrorTunnel {
-        return error_into_tunnel(p, t, &error, number);
-    }
-    // Not for a router either: nobody is told of an error about an error.
-    if error.ttl <= 1 {
-        return pass(Reason::Icmp);
-    }
-    let c = I::conns(t);
-    // It keeps no flow alive, and one that has timed out is none.
-    let over = |control| conn::expired(c.policy(), control, c.now_s());
-    match ct::lookup::<I, _>(c.table(), &error.key) {
-        Found::Live(hit) if stage == Stage::ErrorLent => about_lent(p, t, &error, &hit),
-        Found::Live(hit) if conn::fullnat::is_lent::<I, _>(c, hit.control) => Verdict::go(Stage::ErrorLent, 0),
-        Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &error.key, &hit) {
-            Some(reply) if !over(reply.forward.control) => error_to_client(p, t, &error, &reply),
-            _ => pass(Reason::Icmp),
-        },
-        Found::Live(hit) if !over(hit.control) => {
-            error_to_server(p, t, &error, conn::dest(hit.control), I::source(&error.key.words))
-        }
-        _ => pass(Reason::Icmp),
-    }
-}
-
-/// ... about a flow by FULLNAT: first the end that other methods leave alone, then as for NAT.
-#[inline(always)]
-fn about_lent<'a, I: Of<T>, P: Packet, T: Tables>(
-    p: &mut P,
-    t: &'a T,
-    error: &Related<I>,
-    hit: &HitOf<'a, I, I::Conns>,
-) -> Verdict {
-    let c = I::conns(t);
-    let over = |control| conn::expired(c.policy(), control, c.now_s());
-    if hit.control & ct::REVERSE != 0 {
-        return match conn::fullnat::follow::<I, _>(c, &error.key, hit) {
-            Some((reply, port)) if !over(reply.forward.control) => {
-                if !related::translate::<I, P>(p, End::Destination, reply.client, port, error.by, false) {
-                    return drop(Reason::Internal);
-                }
-                error_to_client(p, t, error, &reply)
-            }
-            _ => pass(Reason::Icmp),
-        };
-    }
-    if over(hit.control) {
-        return pass(Reason::Icmp);
-    }
-    let Some(side) = conn::fullnat::side::<I, _>(c, hit.slot::<I>(), &error.key) else {
-        return drop(Reason::Entering);
-    };
-    // Whoever sent it: the real server needs no route to there.
-    if !related::translate::<I, P>(p, End::Source, side.address, side.port(), error.by, false) {
-        return drop(Reason::Internal);
-    }
-    error_to_server(p, t, error, conn::dest(hit.control), side.address)
-}
-
-/// `source`: whom it comes from, as the server sees it.
-#[inline(always)]
-fn error_to_server<I: Ip, P: Packet, T: Tables>(
-    p: &mut P,
-    t: &T,
-    error: &Related<I>,
-    index: u32,
-    source: I::Addr,
-) -> Verdict {
-    let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
-    let flags = d.out as u32;
-    if flags & dest::AVAILABLE == 0 {
-        return drop(Reason::DestGone);
-    }
-    t.count_in(index, error.len);
-    let local = flags & dest::LOCAL != 0;
-    let masq = is_nat(d) || d.lends();
-    if masq {
-        let address = I::from_bytes(&d.address);
-        let port = if d.port == 0 { error.key.dport() } else { d.port };
-        if !related::translate::<I, P>(p, End::Destination, address, port, error.by, !local) {
-            return drop(Reason::Internal);
-        }
-    }
-    if local {
-        return Verdict::new(Action::Up, Reason::ErrorIn);
-    }
-    if flags & dest::METHOD == dest::TUNNEL {
-        return Verdict::go(Stage::ErrorTunnel, index);
-    }
-    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
-    let address = I::from_bytes(&d.address);
-    if hop.ifindex == 0 && t.route::<I>([source, address], I::ICMP, error.len, &mut hop) != Route::Hop {
-        return drop(Reason::NoNeighbour);
-    }
-    if !masq && !xmit::count_down::<I, P>(p) {
-        return drop(Reason::Internal);
-    }
-    xmit::send(p, &hop, Reason::ErrorIn)
-}
-
-/// Its outer headers have no checksum: there is none to make one of without reading it all.
-#[inline(always)]
-fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
-    let flow: Flow<I> =
-        Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, by: 0, part: Part::WHOLE, len: error.len };
-    into_tunnel(p, t, &flow, index, Reason::ErrorIn)
-}
-
-/// As from the virtual address, about a packet to it.
-#[inline(always)]
-fn error_to_client<I: Of<T>, P: Packet, T: Tables>(
-    p: &mut P,
-    t: &T,
-    error: &Related<I>,
-    reply: &conn::ReplyOf<'_, I, I::Conns>,
-) -> Verdict {
-    t.count_out(conn::dest(reply.forward.control), error.len);
-    let mut hop = Hop::default();
-    let route = t.route::<I>([reply.virtual_address, reply.client], I::ICMP, error.len, &mut hop);
-    let ready = route == Route::Hop;
-    if !related::translate::<I, P>(p, End::Source, reply.virtual_address, reply.virtual_port, error.by, ready) {
-        return drop(Reason::Internal);
-    }
-    if ready { xmit::send(p, &hop, Reason::ErrorOut) } else { Verdict::new(Action::Up, Reason::ErrorOut) }
 }
 
 /// Those stages of a flow's beginning that do not need the packet.
@@ -338,13 +216,16 @@ pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u3
 }
 
 #[inline(always)]
-fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, stage: Stage) -> Verdict {
     let c = I::conns(t);
     match ct::lookup::<I, _>(c.table(), &flow.key) {
         Found::Live(hit) if hit.control & ct::REVERSE != 0 => {
             if hit.control & ct::LINKED != 0 {
                 t.keep(flow);
                 return Verdict::go(Stage::FullnatReply, hit.slot::<I>());
+            }
+            if stage == Stage::Far {
+                return Verdict::go(Stage::FarReply, 0);
             }
             match conn::follow::<I, _>(c, &flow.key, &hit) {
                 Some(reply) => answer_client(p, t, c, flow, &hit, &reply),
@@ -358,6 +239,20 @@ fn whole<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Ve
             Verdict::go(Stage::Anew, conn::dest(control))
         }
         Found::None => begin(t, flow),
+    }
+}
+
+/// A reply (NAT), in a stage that is about nothing else.
+#[inline(always)]
+fn reply_apart<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+    let c = I::conns(t);
+    let Found::Live(hit) = ct::lookup::<I, _>(c.table(), &flow.key) else { return pass(Reason::NoService) };
+    if hit.control & (ct::REVERSE | ct::LINKED) != ct::REVERSE {
+        return pass(Reason::NoService);
+    }
+    match conn::follow::<I, _>(c, &flow.key, &hit) {
+        Some(reply) => answer_client(p, t, c, flow, &hit, &reply),
+        None => pass(Reason::NoService),
     }
 }
 
@@ -453,7 +348,7 @@ fn rewrite<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool, ho
 /// Address and port of the server, for the methods that translate.
 #[inline(always)]
 pub fn server<I: Ip>(flow: &Flow<I>, d: &Dest) -> (I::Addr, u16) {
-    (I::from_bytes(&d.address), if d.port == 0 { flow.key.dport() } else { d.port })
+    (I::from_address(&d.address), if d.port == 0 { flow.key.dport() } else { d.port })
 }
 
 /// Of a client's packet: do replies go by us?
@@ -580,7 +475,7 @@ fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, ind
     if flags & dest::METHOD == dest::TUNNEL {
         return Verdict::go(Stage::Tunnel, index);
     }
-    let address = I::from_bytes(&d.address);
+    let address = I::from_address(&d.address);
     let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
     let route = match hop.ifindex {
         0 => t.route::<I>([flow.source(), address], flow.protocol(), flow.len, &mut hop),
@@ -629,7 +524,7 @@ fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
 #[inline(always)]
 fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32, reason: Reason) -> Verdict {
     let (Some(d), Some(by)) = (t.dest(index), t.tunnel(index)) else { return drop(Reason::Internal) };
-    let (source, to) = (O::from_bytes(&by.source), O::from_bytes(&d.address));
+    let (source, to) = (O::from_address(&by.source), O::from_address(&d.address));
     if source == O::Addr::default() {
         // The way is not known yet, and so not by which of our addresses.
         return drop(Reason::NoRoute);

@@ -50,7 +50,7 @@ impl<I: Of<T>, T: Tables> Walker<T> for Search<I> {
         let count = self.count.max(1);
         let (which, port) = (n % count, FIRST_PORT + n / count % PORTS);
         let Some(local) = t.local(self.first + which) else { return true };
-        let local = I::from_bytes(&local.address);
+        let local = I::from_address(&local.address);
         let reply = Key::new(I::words(self.server, local), self.server_port, port as u16, self.proto);
         if let Found::None = ct::lookup::<I, _>(I::conns(t).table(), &reply) {
             self.found = Some((local, port as u16));

@@ -22,6 +22,7 @@ pub mod proto;
 pub mod related;
 pub mod sched;
 pub mod tables;
+pub mod trace;
 pub mod tunnel;
 pub mod verdict;
 pub mod vlan;

@@ -3,6 +3,7 @@
 
 use ::core::hint::cold_path;
 
+use crate::abi::Address;
 use crate::conn::{self, Addressing};
 use crate::csum::Delta;
 use crate::ct::{Key, V4, V6};
@@ -123,7 +124,7 @@ pub trait Ip: Addressing {
     fn set_address(w: &mut impl Window, at: usize, address: Self::Addr);
     fn delta(old: Self::Addr, new: Self::Addr) -> Delta;
     fn bytes(address: Self::Addr) -> [u8; 16];
-    fn from_bytes(bytes: &[u8; 16]) -> Self::Addr;
+    fn from_address(address: &Address) -> Self::Addr;
     /// No host that a reply could reach has this source address (RFC 1122 3.2.1.3, RFC 4291 2.5).
     fn martian(source: Self::Addr) -> bool;
     /// ICMP type of an error?
@@ -201,8 +202,9 @@ impl Ip for V4 {
         bytes
     }
     #[inline(always)]
-    fn from_bytes(b: &[u8; 16]) -> u32 {
-        u32::from_ne_bytes([b[0], b[1], b[2], b[3]])
+    fn from_address(a: &Address) -> u32 {
+        const _: () = assert!(u32::from_ne_bytes([1, 0, 0, 0]) == 1, "the first bytes of a word are its low ones");
+        a.0[0] as u32
     }
     #[inline(always)]
     fn martian(source: u32) -> bool {
@@ -347,11 +349,8 @@ impl Ip for V6 {
         bytes
     }
     #[inline(always)]
-    fn from_bytes(b: &[u8; 16]) -> [u64; 2] {
-        [
-            u64::from_ne_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
-            u64::from_ne_bytes([b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]]),
-        ]
+    fn from_address(a: &Address) -> [u64; 2] {
+        a.0
     }
     #[inline(always)]
     fn martian(source: [u64; 2]) -> bool {

@@ -9,7 +9,7 @@
 //! TTL of the outer header is that of the inner one as it goes on; TOS too, with ECN as RFC 3168 9.1.1 has it (full functionality); DF too, and
 //! with it an id of 0, without it the inner packet's id. IPv6 has flow label 0.
 
-use crate::abi::{Hop, Tunnel, tunnel};
+use crate::abi::{Address, Hop, Tunnel, tunnel};
 use crate::csum;
 use crate::ct::{V4, V6};
 use crate::packet::{ETHERTYPE, Flow, IP_GRE, IP_UDP, Ip, L3, Packet, Window};
@@ -49,7 +49,7 @@ struct Inner {
 
 /// Into the tunnel: the frame then is ready to go by `hop`. False: no room in front.
 #[inline(always)]
-pub fn wrap<I: Ip, O: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, t: &Tunnel, to: &[u8; 16], hop: &Hop) -> bool {
+pub fn wrap<I: Ip, O: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, t: &Tunnel, to: &Address, hop: &Hop) -> bool {
     let Some(inner) = look::<I, P>(p, flow) else { return false };
     // Sizes are constants wherever the packet is touched.
     match (t.kind, between(t)) {
@@ -104,7 +104,7 @@ fn put<I: Ip, O: Ip, P: Packet, const BETWEEN: usize>(
     p: &mut P,
     inner: &Inner,
     t: &Tunnel,
-    to: &[u8; 16],
+    to: &Address,
     hop: &Hop,
     protocol: u8,
 ) -> bool {
@@ -117,7 +117,7 @@ fn put<I: Ip, O: Ip, P: Packet, const BETWEEN: usize>(
         w.w32(4, hop.macs[1]);
         w.w32(8, hop.macs[2]);
         w.w16(ETHERTYPE, O::ETHERTYPE.to_be());
-        let ends = [O::from_bytes(&t.source), O::from_bytes(to)];
+        let ends = [O::from_address(&t.source), O::from_address(to)];
         let len = inner.len.wrapping_add(BETWEEN as u16);
         let tos = outer_tos(inner.tos);
         O::set_header(&mut w, ends, protocol, len, [tos, inner.ttl], [inner.id, inner.fragment]);

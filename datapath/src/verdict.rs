@@ -71,6 +71,8 @@ pub enum Stage {
     Note = 24,
     /// An ICMP error about a connection by full NAT.
     ErrorLent = 25,
+    /// A real server's reply (NAT) with IPv4 options or IPv6 extension headers.
+    FarReply = 26,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -146,7 +148,8 @@ impl Verdict {
             22 => Stage::Far,
             23 => Stage::Fragment,
             24 => Stage::Note,
-            _ => Stage::ErrorLent,
+            25 => Stage::ErrorLent,
+            _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
     }

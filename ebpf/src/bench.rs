@@ -13,6 +13,7 @@ mod maps;
 mod object;
 mod stages;
 mod timer;
+mod trace;
 mod words;
 mod xdp;
 

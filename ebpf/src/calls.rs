@@ -2,6 +2,7 @@
 //! and results too big for registers go through per-CPU scratch memory (programs of one CPU never overlap: they run with
 //! bottom halves off).
 
+use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use rvs_datapath::abi::SCRATCH_WORDS;
 use rvs_datapath::conn::{self, Conns};
 use rvs_datapath::ct::{self, Cost, EVICTABLE, Entry, Family, Key, Outcome, Patience, Rank, Slot, V4, V6};
@@ -22,6 +23,8 @@ pub struct Scratch<F: Family> {
     flow: Kept<F::Words>,
     datagram: frag::Key,
     note: Note,
+    /// A question for the routing table: too large for the stack of all who ask.
+    query: FibLookup,
     /// The VLAN device that a frame came in by, whose tags are off; else 0.
     vlan: u64,
     /// The only one that outlives a packet.
@@ -73,6 +76,13 @@ pub fn kept<I: Ip>() -> Flow<I> {
         part: Part::new(0, 0, rest >> 17 & 1 != 0),
         len: (rest >> 32) as u32,
     }
+}
+
+/// See [`Scratch`].
+#[inline(always)]
+pub fn query() -> *mut FibLookup {
+    // SAFETY: as above.
+    unsafe { &raw mut (*scratch::<V4>()).query }
 }
 
 /// The VLAN device that this frame counts as come in by; 0 is none, and is set again when its tags are on, or it has left.
@@ -139,14 +149,14 @@ const EVICTED: u32 = 2;
 
 macro_rules! calls {
     ($family:ty, $enter:ident, $release:ident,
-     $insert_fn:ident, $room_fn:ident, $release_fn:ident, $orphans_fn:ident) => {
+     $insert_fn:ident, $room_fn:ident, $release_fn:ident, $orphans_fn:ident, $gone:ident, $forward_fn:ident, $reverse_fn:ident) => {
         #[inline(always)]
         pub fn $enter(key: &Key<<$family as Family>::Words>, rest: u64, own: Slot) -> Outcome {
             let s = scratch::<$family>();
             // SAFETY: this CPU's own memory, see above.
             unsafe {
                 (*s).insert = *key;
-                (*s).cost = Cost::default();
+                (*s).cost.clear();
                 let mut outcome = Outcome::from_word($insert_fn(rest, (*s).patience.spare() as u32));
                 if outcome == Outcome::CROWDED {
                     (*s).patience.learn($room_fn() == 0);
@@ -185,20 +195,37 @@ macro_rules! calls {
             unsafe { (*s).release = *entry };
             $release_fn(GIVEN);
         }
+        #[inline(always)]
+        fn $gone(which: u32) -> &'static Entry<<$family as Family>::Words> {
+            let s = scratch::<$family>();
+            // SAFETY: as above. Read where it is: a copy would be on the stack.
+            unsafe {
+                match which {
+                    LOST => &(*s).cost.lost,
+                    EVICTED => &(*s).cost.evicted,
+                    _ => &(*s).release,
+                }
+            }
+        }
+        /// Two functions, since together they have more stack than is left here.
+        #[inline(always)]
+        fn $release_fn(which: u32) {
+            if $gone(which).control & ct::REVERSE == 0 {
+                $forward_fn(which)
+            } else {
+                $reverse_fn(which)
+            };
+        }
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $release_fn(which: u32) -> u32 {
-            let s = scratch::<$family>();
-            let t = Table::<$family>::NEW;
-            // SAFETY: as above.
-            let entry = unsafe {
-                match which {
-                    LOST => (*s).cost.lost,
-                    EVICTED => (*s).cost.evicted,
-                    _ => (*s).release,
-                }
-            };
-            conn::release::<$family, _>(&t, &entry);
+        pub extern "C" fn $forward_fn(which: u32) -> u32 {
+            conn::forward_gone::<$family, _>(&Table::<$family>::NEW, $gone(which));
+            0
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $reverse_fn(which: u32) -> u32 {
+            conn::reverse_gone::<$family, _>(&Table::<$family>::NEW, $gone(which));
             0
         }
 
@@ -213,5 +240,27 @@ macro_rules! calls {
     };
 }
 
-calls!(V4, enter4, release4, conn4_insert, conn4_room, conn4_release, conn4_orphans);
-calls!(V6, enter6, release6, conn6_insert, conn6_room, conn6_release, conn6_orphans);
+calls!(
+    V4,
+    enter4,
+    release4,
+    conn4_insert,
+    conn4_room,
+    release_cost4,
+    conn4_orphans,
+    gone4,
+    conn4_forward_gone,
+    conn4_reverse_gone
+);
+calls!(
+    V6,
+    enter6,
+    release6,
+    conn6_insert,
+    conn6_room,
+    release_cost6,
+    conn6_orphans,
+    gone6,
+    conn6_forward_gone,
+    conn6_reverse_gone
+);

@@ -14,6 +14,7 @@ mod skb;
 mod stages;
 mod tc;
 mod timer;
+mod trace;
 mod words;
 mod xdp;
 

@@ -8,6 +8,7 @@ use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
+use core::mem::offset_of;
 use rvs_datapath::abi::{
     Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, Local, REPLY_HOPS_MAX, SIDE4_WORDS, SIDE6_WORDS,
     Service, ServiceKey, ServiceState, Tunnel, Vlan, fragment, hop,
@@ -74,6 +75,13 @@ pub fn iface(ifindex: u32) -> &'static Iface {
     unsafe { &*Ifaces::at(ifindex) }
 }
 
+/// The same, traced or not.
+#[inline(always)]
+pub fn whosever(ifindex: u32) -> Iface {
+    let iface = *iface(ifindex);
+    Iface { ifindex: iface.number(), ..iface }
+}
+
 #[inline(always)]
 pub fn count_verdict(verdict: Verdict) {
     const _: () = assert!(COUNTERS.is_power_of_two());
@@ -100,7 +108,7 @@ pub fn account(dest: u32, active: i64, inactive: i64) {
 pub fn dest_address<I: Ip>(dest: u32) -> Option<(I::Addr, u16)> {
     // SAFETY: a valid value.
     let d = unsafe { &*Dests::at(dest) };
-    Some((I::from_bytes(&d.address), d.port))
+    Some((I::from_address(&d.address), d.port))
 }
 
 #[inline(always)]
@@ -153,7 +161,7 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     }
     #[inline(always)]
     fn iface(&self, ifindex: u32) -> Iface {
-        *iface(ifindex)
+        whosever(ifindex)
     }
     #[inline(always)]
     fn vlan(&self, place: u32) -> Vlan {
@@ -316,11 +324,9 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     }
     #[inline(always)]
     fn route<I: Ip>(&self, ends: [I::Addr; 2], protocol: u8, len: u32, hop: &mut Hop) -> Route {
-        let ends = [I::bytes(ends[0]), I::bytes(ends[1])];
-        let len = if self.sized { len & 0xffff } else { 0 };
-        let tell = if SKB { TELL } else { 0 };
-        let about = tell | (I::FAMILY as u32) << 24 | (protocol as u32) << 16 | len;
-        match route(self.ctx, self.ifindex, &ends, about, hop) {
+        let len = if self.sized { len as u16 } else { 0 };
+        question::<I>(ends[0], ends[1], self.ifindex, protocol, len);
+        match ask(self.ctx, SKB as u32, hop) {
             FIB_SUCCESS => {
                 let way = iface(hop.ifindex);
                 if !SKB && way.ifindex == hop.ifindex && way.lower != 0 {
@@ -443,50 +449,50 @@ const FIB_NO_NEIGH: i64 = 7;
 /// Blackhole, unreachable, prohibit.
 const FIB_REFUSED: core::ops::RangeInclusive<i64> = 1..=3;
 
-/// In `about` of [`route`]: leave the next hop in NEXT_HOP.
-const TELL: u32 = 1 << 31;
-
 /// `struct bpf_redir_neigh`: the next hop of the route found last, for the kernel to resolve. Its family is a word, then its address.
 #[btf_map]
 pub static NEXT_HOP: PerCpuArray<[u32; 5], 1> = PerCpuArray::new();
 
-/// Family, protocol and length of the packet in `about` (8, 8, 16 bits, high to low).
+/// A question for the kernel's routing table, in [`calls::query`].
 #[inline(never)]
-fn route(ctx: *mut c_void, ifindex: u32, ends: &[[u8; 16]; 2], about: u32, found: &mut Hop) -> i64 {
-    // SAFETY: plain integers, for which 0 is a value.
-    let mut q: FibLookup = unsafe { core::mem::zeroed() };
-    q.l4_protocol = (about >> 16) as u8;
-    q.ifindex = ifindex;
-    q.__bindgen_anon_1.tot_len = about as u16;
+fn question<I: Ip>(from: I::Addr, to: I::Addr, ifindex: u32, protocol: u8, len: u16) {
+    let (from, to) = (I::bytes(from), I::bytes(to));
     let word = |b: &[u8; 16], i: usize| u32::from_ne_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
-    let [from, to] = ends;
-    if about >> 24 & 0xf == 4 {
-        q.family = AF_INET;
-        q.__bindgen_anon_3.ipv4_src = word(from, 0);
-        q.__bindgen_anon_4.ipv4_dst = word(to, 0);
-    } else {
-        q.family = AF_INET6;
-        q.__bindgen_anon_3.ipv6_src = [word(from, 0), word(from, 4), word(from, 8), word(from, 12)];
-        q.__bindgen_anon_4.ipv6_dst = [word(to, 0), word(to, 4), word(to, 8), word(to, 12)];
+    let q = calls::query();
+    // SAFETY: this CPU's own memory; plain integers, for which 0 is a value.
+    unsafe {
+        *q = core::mem::zeroed();
+        (*q).family = if I::FAMILY == 4 { AF_INET } else { AF_INET6 };
+        (*q).l4_protocol = protocol;
+        (*q).__bindgen_anon_1.tot_len = len;
+        (*q).ifindex = ifindex;
+        (*q).__bindgen_anon_3.ipv6_src = [word(&from, 0), word(&from, 4), word(&from, 8), word(&from, 12)];
+        (*q).__bindgen_anon_4.ipv6_dst = [word(&to, 0), word(&to, 4), word(&to, 8), word(&to, 12)];
     }
+}
+
+/// Ask it. With `tell` != 0 the next hop is in [`NEXT_HOP`] then.
+#[inline(never)]
+fn ask(ctx: *mut c_void, tell: u32, found: &mut Hop) -> i64 {
+    let q = calls::query();
     // SAFETY: the context of this program and a parameter block of the size given.
-    let r = unsafe { bpf_fib_lookup(ctx, &raw mut q, size_of::<FibLookup>() as i32, 0) };
-    let (d, s) = (q.dmac, q.smac);
-    found.macs = [
-        u32::from_ne_bytes([d[0], d[1], d[2], d[3]]),
-        u32::from_ne_bytes([d[4], d[5], s[0], s[1]]),
-        u32::from_ne_bytes([s[2], s[3], s[4], s[5]]),
-    ];
-    found.ifindex = q.ifindex;
-    if about & TELL != 0
+    let answer = unsafe { bpf_fib_lookup(ctx, q, size_of::<FibLookup>() as i32, 0) };
+    // Six bytes are our MAC address, the six after them the next hop's. In words (see `Address`).
+    const _: () =
+        assert!(offset_of!(FibLookup, smac) % 4 == 0 && offset_of!(FibLookup, dmac) == offset_of!(FibLookup, smac) + 6);
+    // SAFETY: as above.
+    let ([a, b, c], ifindex) = unsafe { (*(&raw const (*q).smac as *const [u32; 3]), (*q).ifindex) };
+    found.macs = [b >> 16 | c << 16, c >> 16 | a << 16, a >> 16 | b << 16];
+    found.ifindex = ifindex;
+    if tell != 0
         && let Some(next) = NEXT_HOP.get_ptr_mut(0)
     {
-        // SAFETY: this CPU's own value. The helper has put the gateway's address, if there is one, in the place of the destination; an
+        // SAFETY: this CPU's own values. The helper has put the gateway's address, if there is one, in the place of the destination; an
         // IPv4 address is the first word of the union.
         unsafe {
-            let a = q.__bindgen_anon_4.ipv6_dst;
-            *next = [q.family as u32, a[0], a[1], a[2], a[3]];
+            let a = (*q).__bindgen_anon_4.ipv6_dst;
+            *next = [(*q).family as u32, a[0], a[1], a[2], a[3]];
         }
     }
-    r
+    answer
 }

@@ -13,7 +13,7 @@ macro_rules! call {
     ($stage:ident, $number:ident, $ctx:expr, $whole:expr, [$first:ident $enter:ident $link:ident $lend:ident $make_way:ident $give_up:ident],
      [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
       $too_big:ident $related:ident $error_tunnel:ident $fullnat:ident $introduce:ident $fullnat_reply:ident
-      $reply_options:ident $fullnat_send:ident $far:ident $fragment:ident $note:ident $error_lent:ident]) => {
+      $reply_options:ident $fullnat_send:ident $far:ident $fragment:ident $note:ident $error_lent:ident $far_reply:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::$first(),
@@ -38,6 +38,7 @@ macro_rules! call {
             Stage::Far => $far($ctx, $number),
             Stage::Note => $note($ctx),
             Stage::ErrorLent => $error_lent($ctx),
+            Stage::FarReply => $far_reply($ctx),
             Stage::Fragment => $fragment($ctx),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),

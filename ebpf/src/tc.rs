@@ -1,8 +1,10 @@
 //! The tc programs: the same pipeline as in XDP, over skbs. Its stages are functions of their own here too (see `stages`).
 
+use ::core::hint::cold_path;
+
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
-use rvs_datapath::abi::hop;
+use rvs_datapath::abi::{Iface, TRACED, hop};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::{ETHERTYPE, L3, Packet, Window};
@@ -11,6 +13,7 @@ use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 use crate::maps::{self, Maps, NEXT_HOP};
 use crate::skb::Skb;
 use crate::stages::call;
+use crate::trace;
 
 const IPV4: u32 = 0x0800u16.to_be() as u32;
 const IPV6: u32 = 0x86ddu16.to_be() as u32;
@@ -22,12 +25,19 @@ const NEXT: i32 = TC_ACT_UNSPEC;
 #[inline(always)]
 pub fn arrive(skb: *mut __sk_buff) -> i32 {
     let mut packet = Skb::new(skb);
-    // SAFETY: a field of the context. The kernel has taken the VLAN tag out of the frame; it comes by again as one of the VLAN device.
-    let verdict = if unsafe { (*skb).vlan_present } != 0 {
-        pass(Reason::NotIp)
+    let ifindex = packet.ifindex();
+    let iface = maps::iface(ifindex);
+    let verdict = if iface.ifindex == ifindex {
+        decide(&mut packet, skb, iface)
     } else {
-        packet.pull();
-        process(&mut packet, skb)
+        cold_path();
+        if iface.ifindex == ifindex | TRACED {
+            let verdict = Verdict::from_word(tc_traced(skb));
+            packet.reread();
+            verdict
+        } else {
+            pass(Reason::OtherInterface)
+        }
     };
     maps::count_verdict(verdict);
     match verdict.action() {
@@ -38,6 +48,29 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
         Action::Up => NEXT,
         Action::Drop => TC_ACT_SHOT as i32,
     }
+}
+
+/// What becomes of a frame that came in by this interface, traced or not.
+#[inline(always)]
+fn decide(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
+    // SAFETY: a field of the context. The kernel has taken the VLAN tag out of the frame; it comes by again as one of the VLAN device.
+    if unsafe { (*skb).vlan_present } != 0 {
+        return pass(Reason::NotIp);
+    }
+    packet.pull();
+    process(packet, skb, iface)
+}
+
+/// The same, and `rvs trace` is told (see `xdp::traced`).
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn tc_traced(skb: *mut __sk_buff) -> u64 {
+    let mut packet = Skb::new(skb);
+    let ifindex = packet.ifindex();
+    trace::keep(trace::From::Skb(skb), ifindex, packet.frame_len());
+    let verdict = decide(&mut packet, skb, maps::iface(ifindex));
+    trace::tell(verdict.word());
+    verdict.word()
 }
 
 #[inline(always)]
@@ -93,16 +126,15 @@ fn tables(skb: *mut __sk_buff) -> Maps<true> {
 }
 
 #[inline(always)]
-fn process(packet: &mut Skb, skb: *mut __sk_buff) -> Verdict {
-    let iface = maps::iface(packet.ifindex());
-    match core::arrive_untagged(packet, iface) {
+fn process(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
+    match core::untagged(core::addressed(packet, iface)) {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole4(skb), [first4 enter4 link4 lend4 make_way4 give_up4],
-                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_note4 tc_error_lent4])
+                [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4 tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_note4 tc_error_lent4 tc_far_reply4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, skb, tc_whole6(skb), [first6 enter6 link6 lend6 make_way6 give_up6],
-                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_note6 tc_error_lent6])
+                [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6 tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_note6 tc_error_lent6 tc_far_reply6])
         }),
         Err(verdict) => verdict,
     }
@@ -121,7 +153,7 @@ macro_rules! stages {
             if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable | Stage::TooBig) {
                 packet.look_at_checksum::<$family>();
             }
-            if matches!(Stage::$stage, Stage::Far | Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent) {
+            if matches!(Stage::$stage, Stage::Far | Stage::FarReply | Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent) {
                 packet.pull_far();
             }
             let number = 0 $(+ $number)?;
@@ -148,6 +180,7 @@ stages! {
     tc_fragment4 tc_fragment6() Fragment;
     tc_note4 tc_note6() Note;
     tc_error_lent4 tc_error_lent6() ErrorLent;
+    tc_far_reply4 tc_far_reply6() FarReply;
     tc_time_exceeded4 tc_time_exceeded6() TimeExceeded;
     tc_port_unreachable4 tc_port_unreachable6() PortUnreachable;
 }

@@ -5,8 +5,8 @@ use ::core::hint::cold_path;
 use aya_ebpf::bindings::{xdp_action, xdp_md};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::XdpContext;
-use rvs_datapath::abi::Iface;
 use rvs_datapath::abi::iface::REDIRECT_BACK;
+use rvs_datapath::abi::{Iface, TRACED};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::Packet;
@@ -17,6 +17,7 @@ use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
 use crate::stages::call;
+use crate::trace;
 
 /// The whole of an XDP program.
 #[inline(always)]
@@ -24,22 +25,16 @@ pub fn run(ctx: &XdpContext) -> u32 {
     let mut packet = Xdp::new(ctx);
     let ifindex = packet.ifindex();
     let iface = maps::iface(ifindex);
-    let family = core::arrive(&mut packet, iface);
-    if core::is_tagged(family) {
+    let verdict = if iface.ifindex == ifindex {
+        decide(ctx, &mut packet, iface, ifindex)
+    } else {
         cold_path();
-        return end(Verdict::from_word(tagged(ctx.ctx)), iface, ifindex);
-    }
-    let verdict = process(ctx, ifindex, family);
-    if verdict.is_by_vlan() {
-        cold_path();
-        return end(Verdict::from_word(retag(ctx.ctx, verdict.word(), 0)), iface, ifindex);
-    }
-    end(verdict, iface, ifindex)
-}
-
-/// What the kernel is to do with it.
-#[inline(always)]
-fn end(verdict: Verdict, iface: &Iface, ifindex: u32) -> u32 {
+        if iface.ifindex == ifindex | TRACED {
+            Verdict::from_word(traced(ctx.ctx))
+        } else {
+            pass(Reason::OtherInterface)
+        }
+    };
     maps::count_verdict(verdict);
     match verdict.action() {
         // SAFETY: a helper without memory arguments.
@@ -54,6 +49,35 @@ fn end(verdict: Verdict, iface: &Iface, ifindex: u32) -> u32 {
     }
 }
 
+/// What becomes of a frame that came in by this interface, traced or not.
+#[inline(always)]
+fn decide(ctx: &XdpContext, packet: &mut Xdp<'_>, iface: &Iface, ifindex: u32) -> Verdict {
+    let family = core::addressed(packet, iface);
+    if core::is_tagged(family) {
+        cold_path();
+        return Verdict::from_word(tagged(ctx.ctx));
+    }
+    let verdict = process(ctx, ifindex, family);
+    if verdict.is_by_vlan() {
+        cold_path();
+        return Verdict::from_word(retag(ctx.ctx, verdict.word(), 0));
+    }
+    verdict
+}
+
+/// The same, and `rvs trace` is told.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
+    let ctx = XdpContext::new(ctx);
+    let mut packet = Xdp::new(&ctx);
+    let ifindex = packet.ifindex();
+    trace::keep(trace::From::Xdp(ctx.ctx), ifindex, packet.frame_len());
+    let verdict = decide(&ctx, &mut packet, maps::iface(ifindex), ifindex);
+    trace::tell(verdict.word());
+    verdict.word()
+}
+
 /// All of it, for a packet of this family.
 #[inline(always)]
 fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdict {
@@ -61,11 +85,11 @@ fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdi
     match family {
         Ok(4) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole4(ctx, ifindex), [first4 enter4 link4 lend4 make_way4 give_up4],
-                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4 reply_options4 fullnat_send4 far4 fragment4 note4 error_lent4])
+                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4 reply_options4 fullnat_send4 far4 fragment4 note4 error_lent4 far_reply4])
         }),
         Ok(_) => core::stages(|stage, number| {
             call!(stage, number, ctx, whole6(ctx, ifindex), [first6 enter6 link6 lend6 make_way6 give_up6],
-                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6 reply_options6 fullnat_send6 far6 fragment6 note6 error_lent6])
+                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6 reply_options6 fullnat_send6 far6 fragment6 note6 error_lent6 far_reply6])
         }),
         Err(verdict) => verdict,
     }
@@ -91,7 +115,7 @@ pub extern "C" fn tagged(ctx: *mut xdp_md) -> u64 {
         return pass(Reason::NotIp).word();
     }
     let by = arrived_by(&ctx);
-    let family = core::arrive_untagged(&mut Xdp::by(&ctx, by), maps::iface(by));
+    let family = core::untagged(core::arrive(&mut Xdp::by(&ctx, by), &maps::whosever(by)));
     let mut verdict = process(&ctx, by, family);
     if vlan::concerns(verdict, Some(Tags::from_word(tags))) {
         verdict = Verdict::from_word(retag(ctx.ctx, verdict.word(), tags));
@@ -158,6 +182,7 @@ stages! {
     fragment4 fragment6() Fragment;
     note4 note6() Note;
     error_lent4 error_lent6() ErrorLent;
+    far_reply4 far_reply6() FarReply;
     time_exceeded4 time_exceeded6() TimeExceeded;
     port_unreachable4 port_unreachable6() PortUnreachable;
 }

@@ -346,7 +346,7 @@ struct Entry {
 }
 
 fn entry_of<F: Ip>(conns: &MemConns<F>, seen: &Seen) -> Option<Entry> {
-    let address = |end: SocketAddr| F::from_bytes(&octets(end.ip()));
+    let address = |end: SocketAddr| F::from_address(&octets(end.ip()).into());
     let words = <F as Addressing>::words(address(seen.from), address(seen.to));
     let proto = if seen.protocol == TCP { conn::TCP } else { conn::UDP };
     let key = Key::new(words, seen.from.port(), seen.to.port(), proto);

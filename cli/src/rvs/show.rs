@@ -56,11 +56,11 @@ fn status_text(status: &Status) -> String {
     text
 }
 
-fn put(stdout: &mut dyn Write, text: &str) -> Result<(), Error> {
+pub fn put(stdout: &mut dyn Write, text: &str) -> Result<(), Error> {
     stdout.write_all(text.as_bytes()).map_err(Error::Output)
 }
 
-fn put_json<T: Serialize>(stdout: &mut dyn Write, value: &T) -> Result<(), Error> {
+pub fn put_json<T: Serialize>(stdout: &mut dyn Write, value: &T) -> Result<(), Error> {
     let mut text = serde_json::to_string_pretty(value).map_err(Error::Json)?;
     text.push('\n');
     put(stdout, &text)

@@ -147,6 +147,9 @@ impl World {
             ]),
             RequestBody::Stats => ResponseBody::Stats(Box::new(self.stats())),
             RequestBody::Status => ResponseBody::Status(Box::new(self.status())),
+            RequestBody::Why(_) | RequestBody::Trace(_) => {
+                ResponseBody::Refused(Refusal::new(api::Code::Failed, "this data plane has no packets"))
+            }
         };
         vec![Response::whole(id, body)]
     }

@@ -87,6 +87,14 @@ fn requests_come_back_as_they_were() {
         RequestBody::Stats,
         RequestBody::LocalAddresses(None),
         RequestBody::Status,
+        RequestBody::Why(vec![Probe {
+            proto: ProbeProto::Icmp,
+            from: (longest_v6(), 0),
+            to: (longest_v6(), 0),
+            flags: 0,
+            interface: Some("eth0".into()),
+        }]),
+        RequestBody::Trace("tcp port 80 and dropped".into()),
     ]);
     for body in bodies {
         let request = Request::new(7, body);
@@ -377,4 +385,34 @@ proptest! {
             let _ = model::Command::try_from(command);
         }
     }
+}
+
+/// Frames are in hexadecimal digits; anything else is an error.
+#[test]
+fn frames_come_back_as_they_were() {
+    let frame = Frame((0..=255).collect());
+    let text = serde_json::to_string(&frame).unwrap();
+    assert!(text.starts_with("\"000102") && text.ends_with("fdfeff\""), "{text}");
+    assert_eq!(serde_json::from_str::<Frame>(&text).unwrap(), frame);
+    for wrong in ["\"0\"", "\"0g\"", "\"+1\"", "\"\u{e9}\"", "1"] {
+        assert!(serde_json::from_str::<Frame>(wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn a_full_line_of_traced_packets_fits_a_response_line() {
+    let row = TracedRow {
+        at_ns: u64::MAX,
+        interface: "i".repeat(limits::INTERFACE_NAME_BYTES_MAX),
+        outcome: Outcome::Forwarded,
+        reason: "r".repeat(32),
+        out: Some("o".repeat(limits::INTERFACE_NAME_BYTES_MAX)),
+        service: Some(ServiceId::Virtual { proto: Proto::Sctp, addr: longest_v6(), port: 65535 }),
+        dest: Some(DestId { addr: longest_v6(), port: 65535 }),
+        len: u32::MAX,
+        bytes: Frame(vec![0xff; rvs_datapath::abi::TRACE_BYTES]),
+    };
+    let packets = vec![row; limits::TRACED_PER_LINE];
+    let line = encoded(&Response { id: u64::MAX, last: false, body: ResponseBody::Traced { packets, lost: u64::MAX } });
+    assert!(line.len() <= limits::RESPONSE_BYTES_MAX, "{} bytes", line.len());
 }

@@ -18,6 +18,11 @@ pub fn bytes(address: IpAddr) -> [u8; 16] {
     }
 }
 
+/// The way back.
+pub fn address(bytes: &[u8; 16], v6: bool) -> IpAddr {
+    if v6 { IpAddr::from(*bytes) } else { IpAddr::from([bytes[0], bytes[1], bytes[2], bytes[3]]) }
+}
+
 pub(super) fn abi_key(key: &ServiceKey) -> abi::ServiceKey {
     let family = |f: Family| if f == Family::V4 { 4 } else { 6 };
     match key {

@@ -1,11 +1,11 @@
 //! From the maps back to the model: what a data plane that outlived its daemon is doing.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 
 use rvs_datapath::abi::{self, ListEntry, dest as flag, service as service_flag, tunnel};
 
-use super::{Capacity, Mirror, Placed, PlacedDest, Planner, Run};
+use super::{Capacity, Mirror, Placed, PlacedDest, Planner, Run, address};
 use crate::model::{
     Command, CommandError, Dest, DestKey, Env, Family, FwdMethod, Granularity, Model, Proto, SchedFlags, Scheduler,
     ServiceKey, ServiceSpec, Timeouts, Tunnel, TunnelChecksum, TunnelKind,
@@ -121,7 +121,7 @@ impl Planner {
             return Err(wrong("its index, list, table or local addresses are another's too, or out of range".into()));
         }
         for local in &s.locals {
-            let addr = address(&local.address, key.family() == Family::V6);
+            let addr = address(&local.address.bytes(), key.family() == Family::V6);
             model.apply(&Command::AddLocalAddress(key, addr), &Accepted).map_err(|e| wrong(e.to_string()))?;
         }
         let dests_there = BTreeMap::new();
@@ -148,17 +148,9 @@ impl Planner {
     }
 
     fn mirror(&mut self, dest: &DumpedDest) {
-        let address = address(&dest.record.address, dest.record.out as u32 & flag::V6 != 0);
+        let address = address(&dest.record.address.bytes(), dest.record.out as u32 & flag::V6 != 0);
         self.dests.insert(dest.index, Mirror { record: dest.record, tunnel: dest.tunnel, address });
         self.by_address.entry(address).or_default().insert(dest.index);
-    }
-}
-
-fn address(bytes: &[u8; 16], v6: bool) -> IpAddr {
-    if v6 {
-        IpAddr::V6(Ipv6Addr::from(*bytes))
-    } else {
-        IpAddr::V4(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]))
     }
 }
 
@@ -224,7 +216,7 @@ fn described_dest(d: &DumpedDest) -> Result<Dest, String> {
         other => return Err(format!("its forwarding method is number {other}")),
     };
     Ok(Dest {
-        key: DestKey { addr: address(&d.record.address, out & flag::V6 != 0), port: d.record.port },
+        key: DestKey { addr: address(&d.record.address.bytes(), out & flag::V6 != 0), port: d.record.port },
         method,
         weight: d.info.weight,
         upper: d.info.upper_threshold,

@@ -167,12 +167,13 @@ impl World {
             for place in record.list as u32..=record.list as u32 + list.len() as u32 {
                 assert!(places.insert(place), "list entry {place} is two services'");
             }
-            let locals: Vec<_> = service.local_addresses.iter().map(|a| abi::Local { address: bytes(*a) }).collect();
+            let locals: Vec<_> =
+                service.local_addresses.iter().map(|a| abi::Local { address: bytes(*a).into() }).collect();
             assert_eq!(self.maps.local_addresses(record), locals);
             for (entry, dest) in list.iter().zip(dests) {
                 assert!(used.insert(entry.dest), "dest {} is in two places", entry.dest);
                 let there = self.maps.dests[&entry.dest];
-                assert_eq!((there.address, there.port), (bytes(dest.key.addr), dest.key.port));
+                assert_eq!((there.address, there.port), (bytes(dest.key.addr).into(), dest.key.port));
                 assert_eq!(there.out as u32 & flag::METHOD, method_bits(dest.method));
                 assert_ne!(there.out as u32 & flag::AVAILABLE, 0);
                 assert_eq!(entry.weight, dest.weight);
@@ -292,13 +293,13 @@ proptest! {
                     for (i, d) in w.maps.dests.iter().filter(|(_, d)| **d != abi::Dest::default()) {
                         let hop = (d.out >> 32) as u32;
                         let there = (hop != 0).then(|| w.maps.hops[&hop].ifindex);
-                        let want = match w.planner.ways.get(&IpAddr::from([d.address[0], d.address[1], d.address[2], d.address[3]])) {
+                        let want = match w.planner.ways.get(&address(&d.address.bytes(), false)) {
                             Some(Way::Hop { ifindex, .. }) => Some(*ifindex),
                             _ => None,
                         };
                         prop_assert_eq!(there, want);
                         if let Some(ifindex) = want && d.out as u32 & flag::METHOD == flag::TUNNEL {
-                            prop_assert_eq!(w.maps.tunnels[i].source, bytes(ip(100 + ifindex as u8)));
+                            prop_assert_eq!(w.maps.tunnels[i].source, bytes(ip(100 + ifindex as u8)).into());
                         }
                     }
                 }

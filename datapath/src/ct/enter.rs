@@ -92,6 +92,12 @@ pub struct Cost<W> {
 }
 
 impl<W> Cost<W> {
+    /// None went. (A program has more to do for each word that is written.)
+    #[inline(always)]
+    pub fn clear(&mut self) {
+        self.evicted.control = 0;
+        self.lost.control = 0;
+    }
     /// The outcome in the end: if the entry in slot `own` was evicted, all was in vain.
     #[inline(always)]
     pub fn settle(&self, outcome: Outcome, own: Slot) -> Outcome {

@@ -176,8 +176,8 @@ impl MemTables {
                 set.remove(&index)
             };
         }
-        self.conns4.dests.insert(index, (V4::from_bytes(&dest.address), dest.port));
-        self.conns6.dests.insert(index, (V6::from_bytes(&dest.address), dest.port));
+        self.conns4.dests.insert(index, (V4::from_address(&dest.address), dest.port));
+        self.conns6.dests.insert(index, (V6::from_address(&dest.address), dest.port));
     }
     /// `DestState::flags`.
     pub fn set_dest_flags(&self, index: u32, flags: u64) {

@@ -10,6 +10,7 @@ mod operations;
 mod plain;
 mod restart;
 mod scale;
+mod seen;
 mod support;
 mod traffic;
 mod transfers;
@@ -33,6 +34,7 @@ fn main() {
         fragments::tests(),
         bad_input::tests(),
         scale::tests(),
+        seen::tests(),
     ];
     let trial = |test: support::Test| Trial::ignorable_test(test.name, test.run).with_ignored_flag(!root);
     libtest_mimic::run(&Arguments::from_args(), tests.into_iter().flatten().map(trial).collect()).exit();

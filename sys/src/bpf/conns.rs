@@ -2,7 +2,7 @@
 
 use rvs_datapath::abi::{Clock, Config};
 use rvs_datapath::conn::{self, Addressing, Conns, Policy};
-use rvs_datapath::ct::{self, Bucket, Buckets, Family, Rank, Seed};
+use rvs_datapath::ct::{self, Bucket, Buckets, Family, Found, Key, Rank, Seed};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::raw::Mapping;
@@ -49,6 +49,14 @@ pub struct Flow {
     pub synced: bool,
 }
 
+/// Whose a packet is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Belongs {
+    pub dest: u32,
+    /// From the real server to the client.
+    pub reply: bool,
+}
+
 impl<F: Addressing + rvs_datapath::packet::Ip> ConnTable<F> {
     pub(super) fn new(mapping: Mapping, mask: u32, config: Config) -> Self {
         ConnTable { mapping, mask, config, now_s: 0, family: std::marker::PhantomData }
@@ -86,6 +94,21 @@ impl<F: Addressing + rvs_datapath::packet::Ip> ConnTable<F> {
                 synced: e.control & conn::SYNCED != 0,
             })
         })
+    }
+    /// The connection that a packet with these ends is of, from whichever side; ports in host order, `proto` as in [`Flow`].
+    pub fn of_packet(&self, ends: [F::Addr; 2], ports: [u16; 2], proto: u64) -> Option<Belongs> {
+        let key = Key::new(F::words(ends[0], ends[1]), ports[0], ports[1], proto);
+        match ct::lookup::<F, _>(self, &key) {
+            Found::Live(hit) if hit.control & ct::REVERSE != 0 => {
+                // (What the link names is not proved to be the flow's, which would be a write if it is not; it nearly always is.)
+                let forward = ct::peek::<F, _>(self, conn::link_of(hit.control));
+                let linked = forward.control & (ct::LINKED | ct::REVERSE) == ct::LINKED;
+                linked.then(|| Belongs { dest: conn::dest(forward.control), reply: true })
+            }
+            Found::Live(hit) => Some(Belongs { dest: conn::dest(hit.control), reply: false }),
+            Found::Weak(control) => Some(Belongs { dest: conn::dest(control), reply: false }),
+            Found::None => None,
+        }
     }
     /// The words themselves, for checks and measurements.
     pub fn words(&self) -> &[AtomicU64] {

@@ -8,9 +8,13 @@ mod flat;
 mod peers;
 pub mod programs;
 mod raw;
+mod rehearsal;
+mod ring;
 
 pub use apply::combine;
-pub use conns::{ConnTable, Flow};
+pub use conns::{Belongs, ConnTable, Flow};
+pub use rehearsal::{Outcome, Rehearsal, Stage};
+pub use ring::Ring;
 
 use aya::maps::{HashMap, MapData};
 use aya::programs::{TestRun, TestRunOptions, Xdp};
@@ -69,7 +73,10 @@ plain!(
     abi::Vlan,
     abi::DestInfo,
     abi::DestState,
-    abi::Stats
+    abi::Stats,
+    abi::Trace,
+    abi::Traced,
+    abi::TraceRoom
 );
 
 #[repr(transparent)]
@@ -262,6 +269,8 @@ pub struct Maps {
     fragments: Table<[u64; abi::fragment::WORDS]>,
     pub verdicts: PerCpu<u64>,
     scratch: [PerCpu<[u64; abi::SCRATCH_WORDS]>; 2],
+    pub trace: Table<abi::Trace>,
+    trace_room: PerCpu<abi::TraceRoom>,
     pub conns4: ConnTable<V4>,
     pub conns6: ConnTable<V6>,
 }
@@ -270,6 +279,8 @@ pub struct Maps {
 pub struct Dataplane {
     ebpf: Ebpf,
     pub maps: Maps,
+    /// Where the programs tell of packets.
+    pub ring: Ring,
     /// Programs that are loaded later name the maps by these open files.
     flat: Flat,
     dir: PathBuf,
@@ -291,11 +302,12 @@ impl Dataplane {
         std::fs::create_dir_all(dir).map_err(failed(format!("pin folder {}", dir.display())))?;
         let fresh = !dir.join(map::CONFIG).exists();
         let flat = if fresh { Flat::make(dir, sizes)? } else { Flat::adopt(dir)? };
-        let ebpf = load(object, dir, sizes, own, &flat)?;
+        let mut ebpf = load(object, dir, sizes, own, &flat)?;
         if fresh {
             flat.configure(dir)?;
         }
-        let mut dataplane = Dataplane { maps: Maps::open(dir, &flat)?, ebpf, flat, dir: dir.to_owned(), fresh };
+        let (maps, ring) = (Maps::open(dir, &flat)?, Ring::of(&mut ebpf)?);
+        let mut dataplane = Dataplane { maps, ring, ebpf, flat, dir: dir.to_owned(), fresh };
         for name in programs {
             dataplane.xdp(name)?.load().map_err(failed(format!("program {name}")))?;
         }
@@ -322,9 +334,9 @@ impl Dataplane {
         if made.is_empty() {
             return Ok(false);
         }
-        let ebpf = load(object, &self.dir, &sizes, &[], &flat)?;
-        let mut next =
-            Dataplane { maps: Maps::open(&self.dir, &flat)?, ebpf, flat, dir: self.dir.clone(), fresh: false };
+        let mut ebpf = load(object, &self.dir, &sizes, &[], &flat)?;
+        let (maps, ring) = (Maps::open(&self.dir, &flat)?, Ring::of(&mut ebpf)?);
+        let mut next = Dataplane { maps, ring, ebpf, flat, dir: self.dir.clone(), fresh: false };
         for name in ["rvs_start", "rvs_xdp", "rvs_pass"] {
             next.xdp(name)?.load().map_err(failed(format!("program {name}")))?;
         }
@@ -382,6 +394,15 @@ impl Dataplane {
             return Ok(());
         }
         Err(BpfError::Refused(format!("the timer did not start (code {})", done.return_value)))
+    }
+    /// All that the maps without lookups hold, for checks.
+    pub fn contents(&self) -> Result<Vec<(&'static str, Vec<u64>)>> {
+        let words = |(shape, fd): &(Shape, OwnedFd)| {
+            let what = || failed(format!("map {} into memory", shape.name));
+            let mapping = raw::Mapping::new(fd.as_fd(), shape.bytes()? as usize).map_err(what())?;
+            Ok((shape.name, mapping.words().iter().map(|w| w.load(Ordering::Relaxed)).collect()))
+        };
+        self.flat.0.iter().map(words).collect()
     }
     /// Memory that the kernel charges for a map, in bytes.
     pub fn charged(&self, name: &str) -> Result<u64> {
@@ -453,6 +474,8 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::per_cpu::<u64>(map::VERDICTS, COUNTERS as u32),
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH4, 1),
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH6, 1),
+        Shape::new::<abi::Trace>(map::TRACE, 1),
+        Shape::per_cpu::<abi::TraceRoom>(map::TRACE_ROOM, 1),
         Shape::new::<Config>(map::CONFIG, 1),
     ])
 }
@@ -558,12 +581,16 @@ impl Flat {
     /// What the programs know of them.
     fn symbols(&self) -> Result<Vec<(String, flat::Value)>> {
         let mut symbols = vec![("CPUS_MASK".to_owned(), flat::Value::Number(u64::from(cpu_parts()? - 1)))];
-        for (Shape { name, words, len, .. }, fd) in &self.0 {
-            symbols.push(((*name).to_owned(), flat::Value::Map(fd.as_raw_fd())));
-            symbols.push((format!("{name}_MASK"), flat::Value::Number(u64::from(len - 1))));
-            symbols.push((format!("{name}_BYTES"), flat::Value::Number(u64::from(*len) * *words as u64 * 8)));
+        for (shape, fd) in &self.0 {
+            Flat::symbols_of(shape, fd.as_raw_fd(), &mut symbols);
         }
         Ok(symbols)
+    }
+    /// ... of one.
+    fn symbols_of(Shape { name, words, len, .. }: &Shape, fd: i32, symbols: &mut Vec<(String, flat::Value)>) {
+        symbols.push(((*name).to_owned(), flat::Value::Map(fd)));
+        symbols.push((format!("{name}_MASK"), flat::Value::Number(u64::from(len - 1))));
+        symbols.push((format!("{name}_BYTES"), flat::Value::Number(u64::from(*len) * *words as u64 * 8)));
     }
 
     fn get(&self, name: &str) -> Result<(&'static str, BorrowedFd<'_>, u32)> {
@@ -602,7 +629,7 @@ fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Fl
 /// The maps that are not flat.
 const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
 
-const ALL: [&str; 26] = [
+const ALL: [&str; 28] = [
     // The first: without its pin nobody takes the others for whole.
     map::CONFIG,
     map::CONN4,
@@ -630,6 +657,8 @@ const ALL: [&str; 26] = [
     map::LOCALS,
     map::SIDE4,
     map::SIDE6,
+    map::TRACE,
+    map::TRACE_ROOM,
 ];
 
 impl Maps {
@@ -658,6 +687,8 @@ impl Maps {
             fragments: flat.table(map::FRAGMENTS)?,
             verdicts: flat.per_cpu(map::VERDICTS)?,
             scratch: [flat.per_cpu(map::SCRATCH4)?, flat.per_cpu(map::SCRATCH6)?],
+            trace: flat.table(map::TRACE)?,
+            trace_room: flat.per_cpu(map::TRACE_ROOM)?,
             conns4: flat.conns(map::CONN4, c)?,
             conns6: flat.conns(map::CONN6, c)?,
             config,
@@ -674,6 +705,10 @@ impl Maps {
             }
         }
         Ok(())
+    }
+    /// Packets that `rvs trace` could not be told of, so far.
+    pub fn untold(&self) -> Result<u64> {
+        Ok(self.trace_room.get(0)?.iter().map(|room| room.lost).sum())
     }
     /// Packets of each reason so far, all CPUs together, by `Reason as usize`.
     pub fn verdicts(&self) -> Result<[u64; COUNTERS]> {

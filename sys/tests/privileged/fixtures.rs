@@ -26,7 +26,7 @@ pub const CASES: &[crate::Case] = &[
 
 /// Cases in which a next hop has no known neighbour: tc has the kernel resolve it. And those with VLAN tags in the frame, where a test
 /// of a tc program leaves them, and the kernel itself does not.
-const RESOLVED: &[&str] = &[
+pub const RESOLVED: &[&str] = &[
     "a_hop_that_is_not_ready",
     "a_reply_whose_client_has_no_known_neighbour",
     "fullnat_whose_way_is_not_known",
@@ -64,7 +64,7 @@ fn same_in_the_kernel_and_natively(hook: Hook, except: &[&str]) {
 }
 
 /// The kernel carries no frame shorter than its Ethernet header, and as an skb none shorter than its IP header.
-fn carried(hook: Hook, frame: &[u8]) -> bool {
+pub fn carried(hook: Hook, frame: &[u8]) -> bool {
     frame.len()
         >= match (hook, frame.get(12..14)) {
             (Hook::Tc, Some([8, 0])) => 34,
@@ -75,7 +75,7 @@ fn carried(hook: Hook, frame: &[u8]) -> bool {
 }
 
 /// The director of `rvs_fixtures::world`: interfaces, addresses, routes and neighbours.
-fn director() -> Ns {
+pub fn director() -> Ns {
     let ns = Ns::new();
     let mac = |m: [u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
     for (name, index, address, far) in [("lan", LAN, LAN_MAC, STRANGER), ("back", BACK, BACK_MAC, STRANGER + 1)] {
@@ -117,10 +117,10 @@ fn director() -> Ns {
 }
 
 /// A BPF file system of our own, gone with the test.
-struct Bpffs(PathBuf);
+pub struct Bpffs(PathBuf);
 
 impl Bpffs {
-    fn mount(name: &str) -> Bpffs {
+    pub fn mount(name: &str) -> Bpffs {
         let folder = std::env::temp_dir().join(format!("rvssys-{}-bpf-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let none: Option<&str> = None;
@@ -138,8 +138,8 @@ impl Drop for Bpffs {
 }
 
 /// The programs and maps of the kernel.
-struct Kernel {
-    dataplane: Dataplane,
+pub struct Kernel {
+    pub dataplane: Dataplane,
     hook: Hook,
     /// What is loaded, to be taken away again.
     layout: Layout,
@@ -152,7 +152,7 @@ struct Kernel {
 }
 
 impl Kernel {
-    fn open(pins: &Bpffs, hook: Hook) -> Kernel {
+    pub fn open(pins: &Bpffs, hook: Hook) -> Kernel {
         // 4096 buckets for each family, as natively.
         let sizes = Sizes { flows4: 8192, flows6: 6144, ..SIZES };
         // Without the timer: the clock is ours.
@@ -170,7 +170,7 @@ impl Kernel {
     fn counter(&self, reason: usize) -> u64 {
         self.dataplane.maps.verdicts.get(reason as u32).expect("a counter").iter().sum()
     }
-    fn stats(&self, dest: u32) -> Stats {
+    pub fn stats(&self, dest: u32) -> Stats {
         let values = self.dataplane.maps.dest_stats.get(dest).expect("counters");
         values.iter().map(|v| v.stats).fold(Stats::default(), |a, b| Stats {
             connections: a.connections + b.connections,

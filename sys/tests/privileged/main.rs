@@ -7,6 +7,7 @@
 mod fixtures;
 mod net;
 mod ns;
+mod rehearsal;
 mod tc;
 mod world;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for (cases, skip) in [
         (fixtures::CASES, &all),
+        (rehearsal::CASES, &all),
         (net::CASES, &all),
         (ns::CASES, &all),
         (net::VLAN_CASES, &vlan),

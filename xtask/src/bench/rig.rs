@@ -332,7 +332,7 @@ pub fn dest(version: Version, method: Method, i: u32) -> Dest {
     last[3] += i as u8;
     let (method, port) = if method == Method::Nat { (dest::MASQ, SERVER_PORT) } else { (dest::ROUTE, 0) };
     let flags = method | dest::AVAILABLE | version.of(0, dest::V6);
-    Dest { out: u64::from(flags) | 1 << 32, address: address(version, last), port, mtu: 1500, service: 1 }
+    Dest { out: u64::from(flags) | 1 << 32, address: address(version, last).into(), port, mtu: 1500, service: 1 }
 }
 
 pub fn hop(ifindex: u32) -> Hop {

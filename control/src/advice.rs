@@ -1,0 +1,76 @@
+//! What an operator can do about a verdict. docs/drops.md has it at length.
+
+use rvs_datapath::verdict::Reason;
+
+/// One line; `None`: all is well, or nothing can be done.
+pub fn about(reason: Reason) -> Option<&'static str> {
+    Some(match reason {
+        Reason::ByKernel => {
+            "see that the next hop answers ARP or neighbour discovery, and that forwarding is on: ip neigh"
+        }
+        Reason::TtlExceeded | Reason::TtlLimited => "look for a routing loop, such as a DR real server behind a router",
+        Reason::NoDest | Reason::NoDestLimited => {
+            "see ipvsadm -Ln: add a real server, or give one a weight; with mh, mh-fallback looks further than the first choice"
+        }
+        Reason::SentTooBig | Reason::TooBigLimited | Reason::TooBig => {
+            "raise the MTU towards the real servers by what the tunnel needs"
+        }
+        Reason::OtherInterface => "restart rvsd, or name the interface with --interface",
+        Reason::OtherMac => "on a backup director this is normal; else ask for the interface that the packet comes by",
+        Reason::OtherProtocol => "virtual services are TCP and UDP",
+        Reason::Options | Reason::SourceRoute => "no virtual service gets such packets",
+        Reason::Fragment => "it came before the first fragment of its datagram, or long after: see docs/drops.md",
+        Reason::FragmentTiny | Reason::FragmentOverlap | Reason::FragmentConflict => {
+            "look for whoever makes such fragments; nobody honest does"
+        }
+        Reason::FragmentLent => {
+            "have the sender use packets that need not be fragmented, or another method than full NAT"
+        }
+        Reason::NoLocalAddress | Reason::NoLocalPort => "give the service (more) local addresses: ipvsadm -P",
+        Reason::Entering => "ask again",
+        Reason::NoService => "see ipvsadm -Ln for the services' addresses, ports and protocols",
+        Reason::NotLocal => {
+            "on a backup director this is normal; else give the address to this host: ip addr add VIP/32 dev ..."
+        }
+        Reason::NoConnection => {
+            "the connection timed out (ipvsadm --set), or was made through another director; a new one begins with --flags syn"
+        }
+        Reason::Martian => "ask with the address of a client",
+        Reason::TableFull => {
+            "start rvsd with a larger --conns (IPv6: --conns6) after a teardown, or shorten timeouts: ipvsadm --set"
+        }
+        Reason::ReverseInUse => "give the services different ports on the real servers",
+        Reason::DestGone => "add the real server again, or have the client connect anew",
+        Reason::NoNeighbour => "see whether the real server (or the router to it) is up and answers: ip neigh",
+        Reason::NoRoute => "see ip route get with the real server's address",
+        Reason::LoopbackDest => "use -g, or another address of this host",
+        Reason::ShortTransport | Reason::Short | Reason::Malformed | Reason::Extensions => "look for a broken sender",
+        Reason::Internal => "please report it, with ipvsadm -Ln, rvs status and rvs drops --json",
+        Reason::Route
+        | Reason::Masq
+        | Reason::MasqReply
+        | Reason::Tunnel
+        | Reason::Fullnat
+        | Reason::FullnatReply
+        | Reason::FullnatBare
+        | Reason::ErrorIn
+        | Reason::ErrorOut
+        | Reason::Local
+        | Reason::NotIp
+        | Reason::Icmp
+        | Reason::ReplyTtl => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rvs_datapath::verdict::Kind;
+
+    #[test]
+    fn there_is_something_to_do_about_each_drop_and_answer() {
+        for reason in Reason::ALL {
+            assert!(about(*reason).is_some() || matches!(reason.kind(), Kind::Forward | Kind::Pass), "{reason:?}");
+        }
+    }
+}
