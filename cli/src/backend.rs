@@ -215,6 +215,7 @@ pub fn unexpected(body: &ResponseBody) -> BackendError {
         ResponseBody::Drops(_) => "drops",
         ResponseBody::Stats(_) => "stats",
         ResponseBody::LocalAddresses(_) => "local_addresses",
+        ResponseBody::Defences(_) => "defences",
         ResponseBody::Status(_) => "status",
         ResponseBody::Why(_) => "why",
         ResponseBody::Traced { .. } => "traced",

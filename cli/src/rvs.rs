@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 refused (the reason on stderr, one line, then detail), 2 usage.
 
 mod proc;
+mod service;
 mod show;
 mod trace;
 mod why;
@@ -39,6 +40,9 @@ pub enum Query {
         #[arg(long)]
         json: bool,
     },
+    /// Rate limits and SYN cookies of services
+    #[command(subcommand)]
+    Service(service::Args),
     /// Say what would become of a packet now, and why, without sending it
     Why(why::Args),
     /// Show packets as they come, with what becomes of them
@@ -67,6 +71,7 @@ pub fn run(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backen
             Query::Proc { file } => proc::print(*file, &mut client, stdout),
             Query::Drops { json } => show::drops(*json, &mut client, stdout),
             Query::Status { json } => show::status(*json, &mut client, stdout),
+            Query::Service(args) => service::run(args, &mut client, stdout),
             Query::Why(args) => why::print(args, &mut client, stdout),
             Query::Trace(args) => trace::print(args, &mut client, stdout, stderr),
         }?;

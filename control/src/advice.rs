@@ -32,6 +32,11 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         Reason::NotLocal => {
             "on a backup director this is normal; else give the address to this host: ip addr add VIP/32 dev ..."
         }
+        Reason::Cookie | Reason::CookieServer => {
+            "more SYNs in a second than the service takes as they come: rvs service show; ask with --flags ack for a connection that is known"
+        }
+        Reason::CookieRefused => "without data and extra headers in its SYN the client gets through",
+        Reason::SourceRate | Reason::ServiceRate => "see rvs service show, and raise the limit: rvs service set",
         Reason::NoConnection => {
             "the connection timed out (ipvsadm --set), or was made through another director; a new one begins with --flags syn"
         }

@@ -23,10 +23,10 @@ use serde::{Deserialize, Serialize};
 
 pub use convert::BadCommand;
 pub use frame::{DecodeError, FrameError, LineDecoder, decode_request, decode_response, encode};
-pub use listing::{Chunks, Counters, DestCounters, daemons, in_chunks, list, local_addresses};
+pub use listing::{Chunks, Counters, DestCounters, daemons, defences, in_chunks, list, local_addresses};
 pub use rows::{
-    ConnOrigin, ConnRow, CpuStats, DaemonRow, DestRow, DropRow, EngineData, ListRow, LocalAddressRow, Rates,
-    ServiceRow, Stats, StatsReport, Status, conn_state_name,
+    ConnOrigin, ConnRow, CpuStats, DaemonRow, DefenceRow, DestRow, DropRow, EngineData, ListRow, LocalAddressRow,
+    Rates, ServiceRow, Stats, StatsReport, Status, conn_state_name,
 };
 pub use seen::{Connection, Frame, Outcome, Probe, ProbeProto, TracedRow, WhyDest, WhyRow};
 
@@ -83,6 +83,8 @@ pub enum RequestBody {
     Stats,
     /// FULLNAT's local addresses, of one service or of all; answered by [`ResponseBody::LocalAddresses`] chunks.
     LocalAddresses(Option<ServiceId>),
+    /// How services defend themselves, of one or of all; answered by [`ResponseBody::Defences`] chunks.
+    Defences(Option<ServiceId>),
     /// Whether rvsd is ready, and what it is.
     Status,
     /// What would become of these packets, at most [`PROBES_MAX`](crate::limits::PROBES_MAX); answered by [`ResponseBody::Why`], a row
@@ -247,6 +249,15 @@ pub struct Timeouts {
     pub udp_s: u32,
 }
 
+/// What a service takes in a second before it defends itself: [`crate::model::Defence`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Defence {
+    pub cookies_above: Option<u32>,
+    pub rate: u32,
+    pub source_rate: u32,
+}
+
 /// One change of configuration. Becomes a [`crate::model::Command`] by `TryFrom`, which checks every bound.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -264,6 +275,7 @@ pub enum Command {
     StopDaemon { role: DaemonRole },
     AddLocalAddress { service: ServiceId, addr: IpAddr },
     DelLocalAddress { service: ServiceId, addr: IpAddr },
+    Defend { service: ServiceId, defence: Defence },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -299,6 +311,7 @@ pub enum ResponseBody {
     Drops(Vec<DropRow>),
     Stats(Box<StatsReport>),
     LocalAddresses(Vec<LocalAddressRow>),
+    Defences(Vec<DefenceRow>),
     Status(Box<Status>),
     Why(Vec<WhyRow>),
     Traced {

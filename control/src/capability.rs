@@ -106,6 +106,7 @@ impl Capabilities {
             | Command::Flush
             | Command::Zero(_)
             | Command::SetTimeouts(_)
+            | Command::Defend(..)
             | Command::StopDaemon(_) => Ok(()),
         }
     }

@@ -90,7 +90,7 @@ impl List {
         let current = if change == Change::Scheduler { 0 } else { (self.machines.wrr >> 32) as u32 };
         // The place goes back to the head of the list.
         let wrr = u64::from(fitted(current, head)) << 32;
-        Ok(List { entries, machines: ServiceState { rr, wrr } })
+        Ok(List { entries, machines: ServiceState { rr, wrr, ..self.machines } })
     }
 
     /// The run of entries for `LISTS`: the head, then the dests.
@@ -148,7 +148,7 @@ mod tests {
     /// A list of these weights, dests 1, 2, ... in list order; the machines as given.
     fn list(weights: &[u32], rr: u64, wrr: (u32, u32)) -> List {
         let entries = weights.iter().zip(1..).map(|(&weight, dest)| ListEntry { dest, weight }).collect();
-        let machines = ServiceState { rr, wrr: u64::from(wrr.0) | u64::from(wrr.1) << 32 };
+        let machines = ServiceState { rr, wrr: u64::from(wrr.0) | u64::from(wrr.1) << 32, ..ServiceState::default() };
         List { entries, machines }
     }
     fn dests(list: &List) -> Vec<u32> {

@@ -13,8 +13,8 @@ use std::net::{IpAddr, Ipv4Addr};
 
 pub use command::{Change, Command, CommandError, DaemonSpec, Env, RemovedDest, ServiceSpec};
 pub use types::{
-    DaemonRole, Dest, DestKey, Engine, Family, FwdMethod, Granularity, Proto, SchedFlags, Scheduler, ServiceConfig,
-    ServiceKey, SyncDaemon, Timeouts, Tunnel, TunnelChecksum, TunnelKind,
+    DaemonRole, Defence, Dest, DestKey, Engine, Family, FwdMethod, Granularity, Proto, SchedFlags, Scheduler,
+    ServiceConfig, ServiceKey, SyncDaemon, Timeouts, Tunnel, TunnelChecksum, TunnelKind,
 };
 
 use crate::limits;
@@ -25,6 +25,7 @@ pub struct Service {
     pub config: ServiceConfig,
     /// Sources for FULLNAT.
     pub local_addresses: BTreeSet<IpAddr>,
+    pub defence: Defence,
     /// When it was added, in commands: the order of [`Model::services_by_age`].
     age: u64,
     dests: DestList,
@@ -68,6 +69,11 @@ impl DestList {
         let place = self.by_position.get_mut(&Reverse(*self.position.get(&dest.key)?))?;
         Some(std::mem::replace(place, dest))
     }
+}
+
+/// Do replies of a real server by this method come by the director? Without them SYN cookies can't be.
+pub fn takes_cookies(method: FwdMethod) -> bool {
+    matches!(method, FwdMethod::Masq | FwdMethod::Fullnat)
 }
 
 /// All configuration that `ipvsadm` can see and change.
@@ -154,6 +160,7 @@ impl Model {
                 }
                 Ok(Change::LocalAddressRemoved { service: *key, addr: *addr })
             }
+            Command::Defend(key, defence) => self.defend(*key, *defence),
         }
     }
 
@@ -180,6 +187,11 @@ impl Model {
             Change::TimeoutsSet { before } => self.timeouts = before,
             Change::DaemonStarted(role) => *self.daemon_slot(role) = None,
             Change::DaemonStopped { role, was } => *self.daemon_slot(role) = Some(was),
+            Change::Defended { service, before } => {
+                if let Some(service) = self.services.get_mut(&service) {
+                    service.defence = before;
+                }
+            }
             Change::LocalAddressAdded { service, addr } => {
                 if let Some(service) = self.services.get_mut(&service) {
                     service.local_addresses.remove(&addr);
@@ -202,7 +214,13 @@ impl Model {
             return Err(CommandError::Full { what: "service", max: limits::SERVICES_MAX });
         }
         let age = self.take_number();
-        let service = Service { config, local_addresses: BTreeSet::new(), age, dests: DestList::default() };
+        let service = Service {
+            config,
+            local_addresses: BTreeSet::new(),
+            defence: Defence::default(),
+            age,
+            dests: DestList::default(),
+        };
         self.put_service(key, service);
         Ok(Change::ServiceAdded(key))
     }
@@ -324,6 +342,20 @@ impl Model {
         }
         service.local_addresses.insert(addr);
         Ok(Change::LocalAddressAdded { service: key, addr })
+    }
+
+    fn defend(&mut self, key: ServiceKey, defence: Defence) -> Result<Change, CommandError> {
+        let service = self.existing(&key)?;
+        if defence.cookies_above.is_some() {
+            if !matches!(key, ServiceKey::Virtual { proto: Proto::Tcp, .. }) {
+                return Err(CommandError::CookiesNotTcp);
+            }
+            if let Some(dest) = service.dests().find(|d| !takes_cookies(d.method)) {
+                return Err(CommandError::CookiesOneWay(dest.key.addr));
+            }
+        }
+        let before = std::mem::replace(&mut service.defence, defence);
+        Ok(Change::Defended { service: key, before })
     }
 
     fn existing(&mut self, key: &ServiceKey) -> Result<&mut Service, CommandError> {

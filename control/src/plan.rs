@@ -88,6 +88,13 @@ struct Placed {
     dests: BTreeMap<DestKey, PlacedDest>,
 }
 
+impl Placed {
+    /// How the data plane forwards to a dest of it.
+    fn method_bits(&self, dest: &Dest) -> u32 {
+        method_bits(dest.method, self.record.cookies != 0)
+    }
+}
+
 #[derive(Clone, Debug)]
 struct PlacedDest {
     index: u32,
@@ -196,6 +203,7 @@ impl Planner {
             Change::LocalAddressAdded { service, .. } | Change::LocalAddressRemoved { service, .. } => {
                 self.relocate(model, *service, now_ms, &mut step)
             }
+            Change::Defended { service, .. } => self.defend(model, *service, now_ms, &mut step),
         };
         match done {
             Ok(()) => Ok(step),
@@ -335,6 +343,43 @@ impl Planner {
         Ok(())
     }
 
+    /// Rate limits and SYN cookies. With cookies, connections by NAT have sequence numbers of their own: another method, to the data plane.
+    fn defend(&mut self, model: &Model, key: ServiceKey, now_ms: u64, step: &mut Step) -> Result<(), PlanError> {
+        let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
+            return Ok(());
+        };
+        self.remember(key, step);
+        describe(&mut placed.record, service, &key, self.is_local(&key));
+        step.ops.push(MapOp::Service { index: placed.index, value: placed.record, fresh: false });
+        for dest in service.dests() {
+            let Some(mut at) = placed.dests.get(&dest.key).cloned() else { continue };
+            if !self.has_method(at.index, placed.method_bits(dest)) {
+                self.remake(&mut placed, dest, &mut at, now_ms, step)?;
+                placed.dests.insert(dest.key, at);
+            }
+        }
+        self.retable(&mut placed, service, now_ms, step)?;
+        self.ask(&mut placed, step);
+        self.services.insert(key, placed);
+        Ok(())
+    }
+
+    /// Do the cookies of this service work, as things are?
+    pub fn asks(&self, key: &ServiceKey) -> bool {
+        self.services.get(key).is_some_and(|placed| placed.record.asks())
+    }
+
+    /// Cookies work while the replies of all dests come by here.
+    fn ask(&self, placed: &mut Placed, step: &mut Step) {
+        let lends = |d: &PlacedDest| self.dests.get(&d.index).is_some_and(|m| m.record.lends());
+        let asks = if placed.record.cookies != 0 && placed.dests.values().all(lends) { service_flag::ASKS } else { 0 };
+        let flags = placed.record.flags & !service_flag::ASKS | asks;
+        if flags != placed.record.flags {
+            placed.record.flags = flags;
+            step.ops.push(MapOp::Service { index: placed.index, value: placed.record, fresh: false });
+        }
+    }
+
     fn zero(&mut self, one: Option<ServiceKey>, step: &mut Step) {
         for (_, placed) in self.services.iter().filter(|(key, _)| one.is_none_or(|k| k == **key)) {
             let dests = placed.dests.values().flat_map(|d| std::iter::once(d.index).chain(d.former.iter().copied()));
@@ -362,7 +407,7 @@ impl Planner {
         let last_weight = lists::last_weight(trashed.map(|t| t.last_weight), dest.weight);
         let mut former = Vec::new();
         let (index, fresh) = match trashed {
-            Some(t) if self.has_method(t.index, dest) => (t.index, t.serial != serial),
+            Some(t) if self.has_method(t.index, placed.method_bits(dest)) => (t.index, t.serial != serial),
             other => {
                 if let Some(t) = other {
                     // Its connections go on by the method that they began with.
@@ -374,11 +419,12 @@ impl Planner {
                 (self.rest.dest_indexes.take()?, true)
             }
         };
-        self.write_dest(index, dest, placed.index, last_weight, step);
+        self.write_dest(index, dest, &placed, last_weight, step);
         step.ops.push(MapOp::StatsIn { service: placed.index, dest: index, fresh });
         placed.dests.insert(name, PlacedDest { index, last_weight, former });
         self.relist(&mut placed, lists::Change::Add { dest: index, weight: dest.weight }, now_ms, step)?;
         self.retable(&mut placed, service, now_ms, step)?;
+        self.ask(&mut placed, step);
         self.services.insert(key, placed);
         Ok(())
     }
@@ -399,22 +445,35 @@ impl Planner {
         };
         self.remember(key, step);
         at.last_weight = lists::last_weight(Some(at.last_weight), dest.weight);
-        if self.has_method(at.index, dest) {
-            self.write_dest(at.index, dest, placed.index, at.last_weight, step);
+        if self.has_method(at.index, placed.method_bits(dest)) {
+            self.write_dest(at.index, dest, &placed, at.last_weight, step);
             let change = lists::Change::Weight { dest: at.index, weight: dest.weight };
             self.relist(&mut placed, change, now_ms, step)?;
         } else {
-            // Another method is for new connections only: they get an index of their own, in the same place.
-            let index = self.rest.dest_indexes.take()?;
-            self.write_dest(index, dest, placed.index, at.last_weight, step);
-            step.ops.push(MapOp::StatsIn { service: placed.index, dest: index, fresh: true });
-            let change = lists::Change::Replace { dest: at.index, with: index, weight: dest.weight };
-            self.relist(&mut placed, change, now_ms, step)?;
-            at.former.push(std::mem::replace(&mut at.index, index));
+            self.remake(&mut placed, dest, &mut at, now_ms, step)?;
         }
         placed.dests.insert(before.key, at);
         self.retable(&mut placed, service, now_ms, step)?;
+        self.ask(&mut placed, step);
         self.services.insert(key, placed);
+        Ok(())
+    }
+
+    /// Another method is for new connections only: they get an index of their own, in the same place.
+    fn remake(
+        &mut self,
+        placed: &mut Placed,
+        dest: &Dest,
+        at: &mut PlacedDest,
+        now_ms: u64,
+        step: &mut Step,
+    ) -> Result<(), PlanError> {
+        let index = self.rest.dest_indexes.take()?;
+        self.write_dest(index, dest, placed, at.last_weight, step);
+        step.ops.push(MapOp::StatsIn { service: placed.index, dest: index, fresh: true });
+        let change = lists::Change::Replace { dest: at.index, with: index, weight: dest.weight };
+        self.relist(placed, change, now_ms, step)?;
+        at.former.push(std::mem::replace(&mut at.index, index));
         Ok(())
     }
 
@@ -437,6 +496,7 @@ impl Planner {
             step.ops.push(MapOp::StatsOut { service: placed.index, dest: index });
         }
         self.trash(key, name, &dest, placed.record.serial, step);
+        self.ask(&mut placed, step);
         self.services.insert(key, placed);
         Ok(())
     }
@@ -467,15 +527,15 @@ impl Planner {
         step.ops.push(MapOp::Dest { index, value: revived.record });
     }
 
-    fn has_method(&self, index: u32, dest: &Dest) -> bool {
-        let method = |out: u64| out as u32 & flag::METHOD;
-        self.dests.get(&index).is_some_and(|m| method(m.record.out) == method_bits(dest.method))
+    fn has_method(&self, index: u32, bits: u32) -> bool {
+        let method = |out: u64| out as u32 & (flag::METHOD | flag::OWN);
+        self.dests.get(&index).is_some_and(|m| method(m.record.out) == bits)
     }
 
-    fn write_dest(&mut self, index: u32, dest: &Dest, service: u32, last_weight: u32, step: &mut Step) {
-        let address = dest.key.addr;
+    fn write_dest(&mut self, index: u32, dest: &Dest, placed: &Placed, last_weight: u32, step: &mut Step) {
+        let (address, service) = (dest.key.addr, placed.index);
         let mut record = abi::Dest {
-            out: u64::from(method_bits(dest.method) | flag::AVAILABLE),
+            out: u64::from(placed.method_bits(dest) | flag::AVAILABLE),
             address: bytes(address).into(),
             port: dest.key.port,
             mtu: 0,
@@ -612,6 +672,9 @@ impl Planner {
             *mirror = pointed;
         }
         self.dests = dests;
+        let mut services = std::mem::take(&mut self.services);
+        services.values_mut().filter(|placed| placed.record.cookies != 0).for_each(|p| self.ask(p, &mut step));
+        self.services = services;
         let unused: Vec<_> =
             self.hops.iter().filter(|(k, _)| !hops_wanted.contains(*k)).map(|(k, i)| (*k, *i)).collect();
         for (key, index) in unused {

@@ -9,7 +9,7 @@ use rvs_control::api::{
 };
 use rvs_control::filter::Filter;
 use rvs_control::limits;
-use rvs_control::model::{DestKey, ServiceKey};
+use rvs_control::model::{CommandError, DestKey, ServiceKey};
 use rvs_datapath::abi::Stats;
 use rvs_datapath::verdict::Reason;
 use rvs_sys::bpf::{BpfError, Flow, combine};
@@ -48,6 +48,15 @@ pub fn answer(d: &mut Director, request: Request) -> Answer {
                 return Answer::Lines(api::in_chunks(id, rows, ResponseBody::LocalAddresses).collect());
             }
             Err(refusal) => ResponseBody::Refused(refusal),
+        },
+        RequestBody::Defences(service) => match service.map(ServiceKey::from) {
+            Some(key) if d.model.service(&key).is_none() => {
+                ResponseBody::Refused(Refusal::from(&CommandError::NoSuchService))
+            }
+            key => {
+                let rows = api::defences(&d.model, key, |key| d.planner.asks(key));
+                return Answer::Lines(api::in_chunks(id, rows, ResponseBody::Defences).collect());
+            }
         },
         RequestBody::Command(command) => match d.command(command) {
             Ok(()) => ResponseBody::Done,

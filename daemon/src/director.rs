@@ -147,16 +147,23 @@ impl Director {
         Ok(())
     }
 
-    /// The first real server by FULLNAT: what that keeps of its flows needs room.
+    /// The first real server by FULLNAT, or service with SYN cookies: what is kept of their flows needs room.
     fn make_sides(&mut self, change: &Change) -> Result<(), BpfError> {
-        let (service, dest) = match change {
-            Change::DestAdded { service, dest } => (service, *dest),
-            Change::DestEdited { service, before } => (service, before.key),
-            _ => return Ok(()),
+        let service = match change {
+            Change::DestAdded { service, .. }
+            | Change::DestEdited { service, .. }
+            | Change::Defended { service, .. } => self.model.service(service),
+            _ => None,
         };
-        let method = self.model.service(service).and_then(|s| s.dest(&dest)).map(|d| d.method);
-        if method == Some(FwdMethod::Fullnat) && self.dataplane.make_sides(OBJECT)? {
-            tracing::info!("room made for connections by full NAT");
+        let Some(service) = service else { return Ok(()) };
+        let dest = match change {
+            Change::DestAdded { dest, .. } => service.dest(dest),
+            Change::DestEdited { before, .. } => service.dest(&before.key),
+            _ => None,
+        };
+        let lends = dest.is_some_and(|d| d.method == FwdMethod::Fullnat);
+        if (lends || service.defence.cookies_above.is_some()) && self.dataplane.make_sides(OBJECT)? {
+            tracing::info!("room made for connections by full NAT and with SYN cookies");
         }
         Ok(())
     }
@@ -165,8 +172,9 @@ impl Director {
     /// the kernel can do it, under tc it does.)
     fn note_unready(&mut self, change: &Change) {
         let Change::DestAdded { service, dest } = change else { return };
-        let direct =
-            self.model.service(service).and_then(|s| s.dest(dest)).is_some_and(|d| d.method != FwdMethod::Masq);
+        let direct = self.model.service(service).is_some_and(|s| {
+            s.defence.cookies_above.is_some() || s.dest(dest).is_some_and(|d| d.method != FwdMethod::Masq)
+        });
         let xdp = self.interfaces.values().any(|hook| hook != Hook::Tc.name());
         if direct && xdp && self.planner.lacks_way(dest.addr) {
             self.unready.insert(dest.addr);

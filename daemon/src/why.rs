@@ -162,6 +162,7 @@ fn dest_of(d: &Director, index: u32, port: u16) -> Result<(WhyDest, Option<Servi
                 _ => TunnelChecksum::None,
             },
         },
+        dest::FULLNAT if flags & dest::OWN != 0 => Forward::Masq,
         dest::FULLNAT => Forward::Fullnat,
         _ => Forward::Route,
     };

@@ -73,6 +73,8 @@ pub mod map {
     pub const SCRATCH6: &str = "SCRATCH6";
     /// u64 by [`crate::verdict::Reason`], such an array for each CPU.
     pub const VERDICTS: &str = "VERDICTS";
+    /// Words by a client's hash (see `limits`).
+    pub const RATES: &str = "RATES";
     /// [`super::Trace`], one entry.
     pub const TRACE: &str = "TRACE";
     /// [`super::TraceRoom`], one for each CPU.
@@ -218,6 +220,8 @@ pub mod service {
     pub const ONE_PACKET: u32 = 16;
     /// Served although the address is not one of this host's (ECMP).
     pub const NONLOCAL: u32 = 32;
+    /// Its cookies work: replies of all its dests come by here.
+    pub const ASKS: u32 = 64;
 }
 
 /// A virtual service. The first 32 bytes are what a new connection reads.
@@ -246,7 +250,29 @@ pub struct Service {
     pub offset: Stats,
     /// First entry in LOCALS (low half) and number of local addresses (high half). One store publishes them.
     pub locals: u64,
+    /// SYNs in a second that are taken as they come, + 1; those after them are answered with cookies. 0: no cookies.
+    pub cookies: u32,
+    /// New connections in a second; 0: any number.
+    pub rate: u32,
+    /// The same from one client (an IPv4 address, a /64 of IPv6).
+    pub source_rate: u32,
+    pub spare: u32,
 }
+impl Service {
+    /// Does it have limits at all?
+    #[inline(always)]
+    pub fn is_limited(&self) -> bool {
+        self.cookies | self.rate | self.source_rate != 0
+    }
+    /// Are SYNs answered with cookies, from some number on?
+    #[inline(always)]
+    pub fn asks(&self) -> bool {
+        self.cookies != 0 && self.flags & service::ASKS != 0
+    }
+}
+
+/// Words of [`map::RATES`].
+pub const RATES_MAX: u32 = 1 << 16;
 
 /// An IP address as in a packet, an IPv4 one in the first four bytes. In words, since of bytes a program makes a load each.
 #[repr(C)]
@@ -283,6 +309,9 @@ pub struct ServiceState {
     pub rr: u64,
     /// wrr: place as in rr (low half), current weight (high half).
     pub wrr: u64,
+    /// Second (high half), and SYNs in it that were taken as they came; and connections begun in it (see `limits`).
+    pub asked: u64,
+    pub begun: u64,
 }
 
 /// One dest in a service's list, in the kernel's order (last added first).
@@ -311,6 +340,8 @@ pub mod dest {
     /// An address of this host.
     pub const LOCAL: u32 = 16;
     pub const V6: u32 = 32;
+    /// With [`FULLNAT`]: what flows are lent is their client's own address and port. That is NAT, with sequence numbers of its own.
+    pub const OWN: u32 = 64;
 }
 
 /// A dest (real server of one service), what each packet reads.
@@ -331,6 +362,11 @@ impl Dest {
     #[inline(always)]
     pub fn lends(&self) -> bool {
         self.out as u32 & (dest::METHOD | dest::LOCAL) == dest::FULLNAT
+    }
+    /// ... or rather their client's?
+    #[inline(always)]
+    pub fn lends_own(&self) -> bool {
+        self.out as u32 & dest::OWN != 0
     }
 }
 
@@ -499,8 +535,8 @@ const _: () = {
     assert!(size_of::<Iface>() == 24);
     assert!(size_of::<Vlan>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
-    assert!(size_of::<Service>() == 32 + 20 + 4 + 16 + 8 + 40 + 8);
-    assert!(size_of::<ServiceState>() == 16);
+    assert!(size_of::<Service>() == 32 + 20 + 4 + 16 + 8 + 40 + 8 + 16);
+    assert!(size_of::<ServiceState>() == 32);
     assert!(size_of::<ListEntry>() == 8);
     assert!(size_of::<Dest>() == 32);
     assert!(size_of::<Tunnel>() == 24);

@@ -18,11 +18,13 @@ use ::core::hint::cold_path;
 
 use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
+use crate::cookie;
 use crate::ct::{self, Found, V4, V6};
 use crate::far::{Extras, Far};
 use crate::frag;
 use crate::fullnat;
 use crate::icmp::{Answer, Error};
+use crate::limits;
 use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::tcp::{self, Way};
 use crate::sched;
@@ -84,9 +86,15 @@ const STAGES: u32 = 14;
 /// From stage to stage, until one has the verdict.
 #[inline(always)]
 pub fn stages(mut run: impl FnMut(Stage, u32) -> Verdict) -> Verdict {
-    let mut verdict = run(Stage::Whole, 0);
-    let mut i = 1;
     // Nearly always that was all.
+    let verdict = run(Stage::Whole, 0);
+    further(verdict, run)
+}
+
+/// ... after the first one.
+#[inline(always)]
+pub fn further(mut verdict: Verdict, mut run: impl FnMut(Stage, u32) -> Verdict) -> Verdict {
+    let mut i = 1;
     while let Some((stage, number)) = verdict.next() {
         if i == STAGES {
             return drop(Reason::ReverseInUse);
@@ -145,23 +153,22 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
         _ => {}
     }
     // What the packet says is kept when it may begin a flow.
-    let kept = match stage {
+    let (kept, cookie) = match stage {
         Stage::Far
         | Stage::FarReply
         | Stage::Fragment
-        | Stage::Note
         | Stage::Retire
         | Stage::Anew
         | Stage::TimeExceeded
         | Stage::Tunnel
-        | Stage::TooBig => None,
-        _ => t.kept::<I>(),
+        | Stage::TooBig => (None, 0),
+        _ => (t.kept::<I>(), t.kept_cookie()),
     };
     if let Some(flow) = kept {
         return follow::<I, _, T>(&mut Far::<I, P>::new(p, usize::from(flow.by)), t, &flow, stage, number);
     }
     match parse_far::<I, P>(p) {
-        Ok((mut far, flow)) => follow(&mut far, t, &flow, stage, number),
+        Ok((mut far, flow)) => follow(&mut far, t, &Flow { cookie, ..flow }, stage, number),
         Err(verdict) => verdict,
     }
 }
@@ -177,10 +184,12 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
 ) -> Verdict {
     match stage {
         Stage::Far if flow.part.is_later() => Verdict::go(Stage::Fragment, 0),
-        Stage::Far if flow.part.is_first() && number == 0 => Verdict::go(Stage::Note, 0),
+        Stage::Far if flow.part.is_first() && number == 0 => {
+            t.keep(flow);
+            Verdict::go(Stage::Note, 0)
+        }
         Stage::Far => whole(p, t, flow, stage),
         Stage::FarReply => reply_apart(p, t, flow),
-        Stage::Note => fragments::first_fragment(t, flow),
         Stage::Fragment => fragments::later(p, t, flow),
         Stage::Retire => retire(t, flow),
         Stage::Linked => linked(p, t, flow, number),
@@ -189,6 +198,8 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::TimeExceeded => error(p, t, flow, Error::TimeExceeded, 0),
         Stage::PortUnreachable => error(p, t, flow, Error::PortUnreachable, 0),
         Stage::TooBig => error(p, t, flow, Error::TooBig, number),
+        Stage::Challenge => cookie::challenge(p, t, flow),
+        Stage::Knock => cookie::knock(p, t, flow, number),
         Stage::Fullnat => fullnat::request(p, t, flow, number),
         Stage::Introduce => fullnat::introduce(p, t, flow, number),
         Stage::FullnatReply => fullnat::reply(p, t, flow, number),
@@ -203,6 +214,7 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
 pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u32) -> Verdict {
     match stage {
         Stage::First => first(t, flow),
+        Stage::Note => fragments::first_fragment(t, flow),
         Stage::Enter => enter(t, flow, number),
         Stage::Link => link(I::conns(t), flow, number),
         Stage::Lend => fullnat::lend(t, flow, number),
@@ -378,10 +390,16 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     }
     // tcp_conn_schedule: a RST never, anything else only with SYN.
     if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN {
-        return pass(Reason::NoConnection);
+        let proves = s.asks() && flow.flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK;
+        return if proves { Verdict::go(Stage::Knock, cookie::PROVE) } else { pass(Reason::NoConnection) };
     }
     if I::martian(flow.source()) || flow.source() == flow.destination() {
         return drop(Reason::Martian);
+    }
+    if s.is_limited()
+        && let Some(verdict) = limits::refuse::<I, T>(t, index, s, flow)
+    {
+        return verdict;
     }
     match sched::pick(t, index, s, flow) {
         Some(dest) => Verdict::go(Stage::Enter, dest),

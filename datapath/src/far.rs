@@ -4,7 +4,7 @@
 use crate::csum::Delta;
 use crate::ct::{V4, V6};
 use crate::frag::Part;
-use crate::options::Edit;
+use crate::options::{Edit, Offer};
 use crate::packet::{Frame, Ip, L3, Packet, Window};
 use crate::verdict::{Reason, Verdict, drop, pass};
 use core::marker::PhantomData;
@@ -328,8 +328,12 @@ impl<I: Ip, P: Frame> Packet for Far<'_, I, P> {
         self.p.reach(len + self.by.unwrap_or(0));
     }
     #[inline(always)]
-    fn edit_options<F: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta> {
-        if self.by == Some(0) { self.p.edit_options::<F>(header, edit) } else { Some(Delta::default()) }
+    fn edit_options<F: Ip>(&mut self, header: u32, edit: Edit) -> Option<(Delta, Offer)> {
+        if self.by == Some(0) {
+            self.p.edit_options::<F>(header, edit)
+        } else {
+            Some((Delta::default(), Offer::default()))
+        }
     }
     /// Not behind extra headers.
     #[inline(always)]

@@ -28,6 +28,14 @@ impl Part {
         Part(u64::from(id) << 32 | u64::from(more) << 16 | u64::from(at))
     }
     #[inline(always)]
+    pub fn word(self) -> u64 {
+        self.0
+    }
+    #[inline(always)]
+    pub fn from_word(word: u64) -> Part {
+        Part(word)
+    }
+    #[inline(always)]
     pub fn id(self) -> u32 {
         (self.0 >> 32) as u32
     }

@@ -14,6 +14,7 @@
 
 use crate::abi::Dest;
 use crate::conn::{self, Conns, fullnat as lent};
+use crate::cookie;
 use crate::core::{replied, server};
 use crate::csum::Delta;
 use crate::ct::{self, Buckets, Found, Key};
@@ -21,7 +22,7 @@ use crate::options::{Edit, TOA};
 use crate::packet::{Flow, Ip, Packet, Window};
 use crate::proto::tcp;
 use crate::tables::{Of, Route, Tables, Walker};
-use crate::verdict::{Reason, Stage, Verdict, drop, pass};
+use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
 use crate::xmit::{self, Ends};
 
 /// Ports lent: those of the kernel's own range are among them, since the addresses are the director's for this alone.
@@ -65,6 +66,10 @@ pub fn lend<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> V
     let c = I::conns(t);
     let Some(index) = conn::dest_at::<I, _>(c, &flow.key, place) else { return Verdict::go(Stage::Whole, 0) };
     let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
+    if d.lends_own() {
+        lent::lend::<I, _>(c, &flow.key, place, (flow.source(), flow.key.sport()), flow.cookie, true);
+        return Verdict::go(Stage::Link, place);
+    }
     let locals = t.service(d.service).map_or(0, |s| s.locals);
     let count = (locals >> 32) as u32;
     if count == 0 {
@@ -86,7 +91,7 @@ pub fn lend<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> V
         conn::give_up::<I, _>(c, &flow.key, place);
         return drop(Reason::NoLocalPort);
     };
-    lent::lend::<I, _>(c, &flow.key, place, local);
+    lent::lend::<I, _>(c, &flow.key, place, local, flow.cookie, false);
     // (If another CPU enters one for that port meanwhile, the flow begins anew.)
     Verdict::go(Stage::Link, place)
 }
@@ -101,9 +106,16 @@ const _: () = assert!(conn::SLOTS_MAX <= BARE);
 pub fn request<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, number: u32) -> Verdict {
     let slot = number & (BARE - 1);
     let Some((d, side)) = flow_at(t, flow, slot) else { return drop(Reason::Entering) };
-    if flow.tcp && number & INTRODUCED == 0 && (flow.flags & tcp::SYN != 0 || !side.is_told()) {
-        t.keep(flow);
-        return Verdict::go(Stage::Introduce, slot);
+    if flow.tcp && number & INTRODUCED == 0 {
+        let control = tcp::SYN | tcp::RST;
+        if side.is_to_knock() && flow.flags & control == 0 {
+            t.keep(flow);
+            return Verdict::go(Stage::Knock, slot);
+        }
+        if flow.flags & tcp::SYN != 0 || !side.is_told() || side.back() != 0 && has_options::<I, P>(p) {
+            t.keep(flow);
+            return Verdict::go(Stage::Introduce, slot);
+        }
     }
     let destination = server(flow, d);
     let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
@@ -119,12 +131,22 @@ pub fn request<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
         Route::NoNeighbour => return drop(Reason::NoNeighbour),
         _ => return drop(Reason::NoRoute),
     }
-    let ends = Ends { source: (side.address, side.port()), destination, sequence: side.delta, acknowledged: 0 };
+    let acknowledged = if flow.flags & tcp::ACK != 0 { side.back().wrapping_neg() } else { 0 };
+    let ends = Ends { source: (side.address, side.port()), destination, sequence: side.delta, acknowledged };
     if !xmit::readdress::<I, P>(p, flow.tcp, &ends, true) {
         return drop(Reason::Internal);
     }
-    let reason = if number & BARE == 0 { Reason::Fullnat } else { Reason::FullnatBare };
+    let reason = match number & BARE {
+        _ if d.lends_own() => Reason::Masq,
+        0 => Reason::Fullnat,
+        _ => Reason::FullnatBare,
+    };
     if resolve { Verdict::resolve(hop.ifindex, reason) } else { xmit::send(p, &hop, reason) }
+}
+
+#[inline(always)]
+fn has_options<I: Ip, P: Packet>(p: &mut P) -> bool {
+    p.window(I::L4 + 20).is_some_and(|w| w.r8(I::L4 + 12) >> 4 > 5)
 }
 
 type Side<I> = lent::Side<<I as conn::Addressing>::Addr>;
@@ -140,19 +162,24 @@ fn flow_at<'t, I: Of<T>, T: Tables>(t: &'t T, flow: &Flow<I>, slot: ct::Slot) ->
 #[inline(always)]
 pub fn introduce<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, slot: ct::Slot) -> Verdict {
     let Some((d, side)) = flow_at(t, flow, slot) else { return drop(Reason::Entering) };
-    let Some((sequence, acknowledged, header)) = numbers::<I, P>(p) else { return drop(Reason::Internal) };
+    let Some((sequence, acknowledged, header)) = tcp::numbers::<I, P>(p) else { return drop(Reason::Internal) };
     let syn = flow.flags & tcp::SYN != 0;
-    let edit = Edit { timestamps: syn, toa: true, mss_less: 0, sack: 0 };
-    let Some(mut changed) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
+    let own = d.lends_own();
+    let edit = Edit { timestamps: syn && !own, toa: !own, sack: side.back().wrapping_neg(), ..Edit::NONE };
+    let Some((mut changed, _)) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
     let mut length = Delta::default();
     let mut number = slot | INTRODUCED;
     if syn {
         let first = sequence.wrapping_add(1);
         if side.first != first || side.delta == 0 {
-            let delta = initial(t, flow, d, &side).wrapping_sub(sequence);
+            let delta = if own { 0 } else { initial(t, flow, d, &side).wrapping_sub(sequence) };
             lent::begin::<I, _>(I::conns(t), slot, first, delta);
         }
-    } else if side.server != 0 && acknowledged == side.server && flow.flags & (tcp::ACK | tcp::RST) == tcp::ACK {
+    } else if side.server != 0
+        && !side.is_told()
+        && acknowledged == side.server.wrapping_add(side.back())
+        && flow.flags & (tcp::ACK | tcp::RST) == tcp::ACK
+    {
         match tell::<I, P, T>(p, t, flow, d, header) {
             Some((more, longer)) => (changed, length) = (changed.and(more), longer),
             None => number |= BARE,
@@ -163,14 +190,6 @@ pub fn introduce<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I
     }
     t.keep(flow);
     Verdict::go(Stage::Fullnat, number)
-}
-
-/// Sequence number, acknowledged number and header length of a TCP segment, whose options can be reached then.
-#[inline(always)]
-fn numbers<I: Ip, P: Packet>(p: &mut P) -> Option<(u32, u32, u32)> {
-    p.reach(I::L4 + 60);
-    let w = p.window(I::L4 + 20)?;
-    Some((u32::from_be(w.r32(I::L4 + 4)), u32::from_be(w.r32(I::L4 + 8)), u32::from(w.r8(I::L4 + 12) >> 4) * 4))
 }
 
 /// The sequence number that a host of the local address would begin with (RFC 6528).
@@ -185,7 +204,7 @@ fn initial<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, d: &Dest, side: &Side<I>)
 
 /// Length of the option.
 #[inline(always)]
-const fn told_length<I: Ip>() -> usize {
+pub const fn told_length<I: Ip>() -> usize {
     if I::FAMILY == 4 { 8 } else { 20 }
 }
 
@@ -255,7 +274,7 @@ pub fn reply<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, n
             (u32::from_be(w.r32(I::L4 + 8)), w.r8(I::L4 + 12) >> 4)
         };
         let syn = flow.flags & tcp::SYN != 0;
-        if (header > 5 || syn) && number & EDITED == 0 {
+        if (header > 5 || syn || side.is_to_knock()) && number & EDITED == 0 {
             t.keep(flow);
             return Verdict::go(Stage::ReplyOptions, slot);
         }
@@ -302,16 +321,24 @@ pub fn send<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, nu
         }
     }
     let resolve = route == Route::NoNeighbour && t.resolves();
+    let mut sequence = side.back();
+    if flow.tcp && side.cookie != 0 {
+        match cookie::answer::<I, P>(p, &side) {
+            Some(by) => sequence = by,
+            None => return drop(Reason::Internal),
+        }
+    }
     let ends = Ends {
         source: (virtual_address, key.dport()),
         destination: (client, key.sport()),
-        sequence: 0,
+        sequence,
         acknowledged: if flow.flags & tcp::ACK != 0 { side.delta.wrapping_neg() } else { 0 },
     };
     if !xmit::readdress::<I, P>(p, flow.tcp, &ends, route == Route::Hop || resolve) {
         return drop(Reason::Internal);
     }
-    xmit::leave(p, route, resolve, &hop, Reason::FullnatReply)
+    let own = t.dest(conn::dest(entry.control)).is_some_and(Dest::lends_own);
+    xmit::leave(p, route, resolve, &hop, if own { Reason::MasqReply } else { Reason::FullnatReply })
 }
 
 /// The options of a reply: room for the client's address in what the client is told to send at most, and selective acknowledgements as it
@@ -321,17 +348,33 @@ pub fn reply_options<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Fl
     let c = I::conns(t);
     let Some(reverse) = ct::glance::<I, _>(c.table(), slot, &flow.key) else { return pass(Reason::NoService) };
     let forward = conn::link_of(reverse.control);
-    let Some((_, _, side)) = lent::glance::<I, _>(c, &flow.key, forward) else { return pass(Reason::NoService) };
-    let Some((sequence, _, header)) = numbers::<I, P>(p) else { return drop(Reason::Internal) };
+    let Some((_, entry, side)) = lent::glance::<I, _>(c, &flow.key, forward) else { return pass(Reason::NoService) };
+    let Some((sequence, _, header)) = tcp::numbers::<I, P>(p) else { return drop(Reason::Internal) };
     let syn = flow.flags & tcp::SYN != 0;
-    if flow.flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK {
-        lent::answered::<I, _>(c, forward, sequence.wrapping_add(1));
+    let answers = flow.flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK;
+    // The client has had its answer.
+    let all = answers && side.cookie != 0;
+    let own = t.dest(conn::dest(entry.control)).is_some_and(Dest::lends_own);
+    let mss_less = if syn && !own { told_length::<I>() as u16 } else { 0 };
+    let edit = Edit { mss_less, sack: side.delta.wrapping_neg(), all, ..Edit::NONE };
+    let Some((changed, offer)) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
+    if answers && side.server == 0 {
+        lent::answered::<I, _>(c, forward, &side, sequence.wrapping_add(1), offer.scale.unwrap_or(0));
     }
-    let mss_less = if syn { told_length::<I>() as u16 } else { 0 };
-    let edit = Edit { timestamps: false, toa: false, mss_less, sack: side.delta.wrapping_neg() };
-    let Some(changed) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
     if !p.fix_transport(I::L4 + 16, false, Delta::default(), changed) {
         return drop(Reason::Internal);
+    }
+    if side.cookie != 0 && flow.flags & tcp::RST == 0 && (answers || side.server == 0) {
+        let turned = !answers || side.server != 0;
+        let flags = if answers { tcp::ACK } else { tcp::RST };
+        return match cookie::opened::<I, P>(p, header, flags, offer.scale.unwrap_or(0), turned) {
+            None => drop(Reason::Internal),
+            Some(()) if turned => Verdict::new(Action::Back, Reason::CookieServer),
+            Some(()) => {
+                t.keep(&Flow { flags, ..*flow });
+                Verdict::go(Stage::FullnatReply, slot | EDITED)
+            }
+        };
     }
     t.keep(flow);
     Verdict::go(Stage::FullnatReply, slot | EDITED)

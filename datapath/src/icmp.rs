@@ -4,6 +4,7 @@
 use crate::csum;
 use crate::ct::{V4, V6};
 use crate::packet::{Ip, L3, Packet, Window};
+use crate::xmit::swapped_macs;
 
 /// The packet becomes this error about itself. False: it can't (too short, no room in front).
 pub trait Answer: Ip {
@@ -60,13 +61,7 @@ struct Ends<A> {
 #[inline(always)]
 fn ends<I: Ip, P: Packet>(p: &mut P) -> Option<Ends<I::Addr>> {
     let w = p.window(I::L4)?;
-    let (a, b, c) = (w.r32(0), w.r32(4), w.r32(8));
-    // dst(6) src(6) as three words; swapped: src(6) dst(6).
-    let macs = if cfg!(target_endian = "little") {
-        [b >> 16 | c << 16, c >> 16 | a << 16, a >> 16 | b << 16]
-    } else {
-        [b << 16 | c >> 16, c << 16 | a >> 16, a << 16 | b >> 16]
-    };
+    let macs = swapped_macs(&w);
     let tos = u16::from_be(w.r16(L3)) & 0xff;
     Some(Ends { macs, client: I::address(&w, I::SOURCE), vip: I::address(&w, I::DESTINATION), tos })
 }

@@ -7,6 +7,7 @@
 
 pub mod abi;
 pub mod conn;
+pub mod cookie;
 pub mod core;
 pub mod csum;
 pub mod ct;
@@ -14,6 +15,7 @@ pub mod far;
 pub mod frag;
 pub mod fullnat;
 pub mod icmp;
+pub mod limits;
 #[cfg(any(test, feature = "mem"))]
 pub mod mem;
 pub mod options;

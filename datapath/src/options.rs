@@ -6,6 +6,8 @@ use crate::packet::{Packet, Window};
 const END: u8 = 0;
 const NOP: u8 = 1;
 const MSS: u8 = 2;
+const SCALE: u8 = 3;
+const SACK_PERMITTED: u8 = 4;
 const SACK: u8 = 5;
 const TIMESTAMPS: u8 = 8;
 const FAST_OPEN: u8 = 34;
@@ -24,6 +26,21 @@ pub struct Edit {
     pub mss_less: u16,
     /// Added to the edges of SACK blocks.
     pub sack: u32,
+    /// Blank them all.
+    pub all: bool,
+}
+impl Edit {
+    /// Only look.
+    pub const NONE: Edit = Edit { timestamps: false, toa: false, mss_less: 0, sack: 0, all: false };
+}
+
+/// What a SYN offers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// 0: not said.
+    pub mss: u16,
+    pub scale: Option<u8>,
+    pub sack: bool,
 }
 
 /// Longest options.
@@ -39,7 +56,11 @@ pub struct Editing {
     /// or the packet is shorter than it says.
     state: u32,
     delta: Delta,
+    /// What was met: `mss:16 | scale:8 | has a scale:1 | sack:1`.
+    offer: u32,
 }
+const SCALED: u32 = 2;
+const SACKS: u32 = 1;
 
 const SHORT: u32 = 1 << 24;
 
@@ -47,13 +68,15 @@ impl Editing {
     /// `nothing` is 0; who runs in BPF makes the verifier believe that it may be anything: in a loop it may.
     #[inline(always)]
     pub fn new(edit: Edit, l4: usize, header: u32, nothing: u32) -> Editing {
-        Editing { edit, l4, header, state: nothing, delta: Delta::default() }
+        Editing { edit, l4, header, state: nothing, delta: Delta::default(), offer: 0 }
     }
-    /// The change of the checksum; `None`: the packet is shorter than it says. Options that are cut short or lie about their length end the
-    /// walk, as in the kernel.
+    /// The change of the checksum, and what was offered; `None`: the packet is shorter than it says. Options that are cut short or lie about
+    /// their length end the walk, as in the kernel.
     #[inline(always)]
-    pub fn end(&self) -> Option<Delta> {
-        (self.state & SHORT == 0).then_some(self.delta)
+    pub fn end(&self) -> Option<(Delta, Offer)> {
+        let scale = if self.offer & SCALED != 0 { Some((self.offer >> 8) as u8) } else { None };
+        let offer = Offer { mss: (self.offer >> 16) as u16, scale, sack: self.offer & SACKS != 0 };
+        (self.state & SHORT == 0).then_some((self.delta, offer))
     }
     /// The byte number `i` of the options. True: that is all.
     #[inline(always)]
@@ -75,6 +98,11 @@ impl Editing {
         let byte = p.beyond(at, 1)?.r8(0);
         let (kind, left, done) = (self.state as u8, self.state >> 8 & 0xff, self.state >> 16 & 0xff);
         if left != 0 {
+            if done == 0 && kind == MSS {
+                self.offer |= u32::from(u16::from_be(p.beyond(at, 2)?.r16(0))) << 16;
+            } else if done == 0 && kind == SCALE {
+                self.offer |= u32::from(byte) << 8 | SCALED;
+            }
             self.delta = body(p, i, at, kind, done, &self.edit, self.delta)?;
             self.state = if left == 1 { 0 } else { (done + 1) << 16 | (left - 1) << 8 | u32::from(kind) };
         } else if kind != END {
@@ -83,12 +111,15 @@ impl Editing {
                 return Some(true);
             }
             let left = u32::from(byte) - 2;
+            if kind == SACK_PERMITTED && left == 0 {
+                self.offer |= SACKS;
+            }
             if blank(kind, &self.edit) {
                 self.delta = put(p, i - 1, at - 1, NOP, self.delta)?;
                 self.delta = put(p, i, at, NOP, self.delta)?;
             }
             // Only whole values are looked at.
-            let whole = (kind != MSS || left == 2) && (kind != SACK || left & 7 == 0);
+            let whole = (kind != MSS || left == 2) && (kind != SACK || left & 7 == 0) && (kind != SCALE || left == 1);
             let kind = if whole { kind } else { NOP };
             self.state = if left == 0 { 0 } else { left << 8 | u32::from(kind) };
         } else if byte == END {
@@ -116,7 +147,7 @@ fn body<P: Packet>(p: &mut P, i: usize, at: usize, kind: u8, done: u32, edit: &E
 
 #[inline(always)]
 fn blank(kind: u8, edit: &Edit) -> bool {
-    kind == TOA && edit.toa || (kind == TIMESTAMPS || kind == FAST_OPEN) && edit.timestamps
+    edit.all || kind == TOA && edit.toa || (kind == TIMESTAMPS || kind == FAST_OPEN) && edit.timestamps
 }
 
 /// A byte at offset `i` of the options, which begin on an even one.

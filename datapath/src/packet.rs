@@ -9,7 +9,7 @@ use crate::csum::Delta;
 use crate::ct::{Key, V4, V6};
 use crate::far::{Extras, Far, Place, Walk, Walked};
 use crate::frag::Part;
-use crate::options::Edit;
+use crate::options::{Edit, Offer};
 use crate::verdict::{Reason, Stage, Verdict, drop, pass};
 
 /// A packet in memory, at its Ethernet header.
@@ -39,7 +39,7 @@ pub trait Packet {
     fn reach(&mut self, _len: usize) {}
     /// Edit the options of a TCP segment, whose header length has been checked; one behind extra headers is left as it is. As
     /// [`crate::options::Editing::end`].
-    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta>;
+    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<(Delta, Offer)>;
     /// Make room for `n` bytes at `at`, in the transport header or right behind it: what is there moves back, or what is before it to the
     /// front. The new bytes are undefined. False: it can't be done, and nothing is changed (or the packet is lost).
     fn open_gap(&mut self, at: usize, n: usize) -> bool;
@@ -456,6 +456,8 @@ pub struct Flow<I: Ip> {
     pub part: Part,
     /// Length of the IP packet.
     pub len: u32,
+    /// What its client has proved its address with (`cookie`); 0: nothing.
+    pub cookie: u32,
 }
 
 impl<I: Ip> Flow<I> {
@@ -538,5 +540,5 @@ fn transport<I: Ip, P: Packet>(p: &mut P, place: &Place) -> Result<Flow<I>, Verd
     };
     let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
     let key = Key::of(I::addresses(&w), u32::from_be(ports), if tcp { conn::TCP } else { conn::UDP });
-    Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len })
+    Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len, cookie: 0 })
 }

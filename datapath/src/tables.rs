@@ -6,11 +6,13 @@ use crate::ct::{V4, V6};
 use crate::frag;
 use crate::packet::{Flow, Ip};
 
-/// A scheduler's word in `abi::ServiceState`.
+/// A word in `abi::ServiceState`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Machine {
     Rr,
     Wrr,
+    Asked,
+    Begun,
 }
 
 /// What the kernel's routing knows.
@@ -68,6 +70,11 @@ pub trait Tables {
     /// Compare-and-swap of the control word.
     fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool;
 
+    /// A client's word (see `limits`).
+    fn rate(&self, place: u32) -> u64;
+    /// Compare-and-swap.
+    fn swap_rate(&self, place: u32, old: u64, new: u64) -> bool;
+
     fn machine(&self, service: u32, which: Machine) -> u64;
     /// Compare-and-swap; false: somebody else was faster.
     fn advance(&self, service: u32, which: Machine, old: u64, new: u64) -> bool;
@@ -83,6 +90,12 @@ pub trait Tables {
     #[inline(always)]
     fn kept<I: Ip>(&self) -> Option<Flow<I>> {
         None
+    }
+
+    /// ... but that its packet does not say.
+    #[inline(always)]
+    fn kept_cookie(&self) -> u32 {
+        0
     }
 
     /// A local address (FULLNAT).

@@ -73,6 +73,10 @@ pub enum Stage {
     ErrorLent = 25,
     /// A real server's reply (NAT) with IPv4 options or IPv6 extension headers.
     FarReply = 26,
+    /// A SYN that is answered with a cookie.
+    Challenge = 28,
+    /// What brings a cookie back, or comes before the server has answered: see [`crate::cookie::knock`].
+    Knock = 29,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -122,7 +126,7 @@ impl Verdict {
         if self.0 & GO == 0 {
             return None;
         }
-        let stage = match self.0 & 0x1f {
+        let stage = match self.0 & 0x3f {
             0 => Stage::Whole,
             1 => Stage::Retire,
             2 => Stage::First,
@@ -149,6 +153,8 @@ impl Verdict {
             23 => Stage::Fragment,
             24 => Stage::Note,
             25 => Stage::ErrorLent,
+            28 => Stage::Challenge,
+            29 => Stage::Knock,
             _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -234,6 +240,8 @@ reasons! {
     TtlExceeded "ttl_exceeded" Answer "TTL used up: time exceeded sent to the client";
     NoDest "no_dest" Answer "no available real server: port unreachable sent to the client";
     SentTooBig "too_big" Answer "too large for the tunnel: fragmentation needed, or packet too big, sent to the client";
+    Cookie "syn_cookie" Answer "a SYN answered with a cookie: its client is to prove its address first";
+    CookieServer "syn_cookie_server" Answer "a real server answered in its client's place: an ACK where the client has nothing to say yet, or a RST of an older connection";
     NotIp "not_ip" Pass "not IPv4 or IPv6";
     OtherMac "other_mac" Pass "not for this interface's MAC address";
     OtherInterface "other_interface" Pass "interface not in the configuration";
@@ -260,6 +268,9 @@ reasons! {
     NoLocalAddress "no_local_address" Drop "full NAT, and the service has no local addresses: ipvsadm -P";
     NoLocalPort "no_local_port" Drop "full NAT: of the local addresses tried no port is free for this real server: add more (ipvsadm -P)";
     Entering "entering" Drop "full NAT: the connection is being entered this instant";
+    CookieRefused "syn_cookie_refused" Drop "SYN cookies, and a packet that they can't be used with: data or extra headers in a SYN, options in its first answer";
+    SourceRate "source_rate" Drop "more new connections from this client in a second than its service allows";
+    ServiceRate "service_rate" Drop "more new connections in a second than the service allows";
     DestGone "dest_gone" Drop "the connection's real server was removed";
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
     NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";

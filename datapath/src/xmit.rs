@@ -107,6 +107,40 @@ pub fn translate_any<I: Ip, P: Packet>(
     true
 }
 
+/// Destination and source MAC addresses of a frame, the other way round.
+#[inline(always)]
+pub fn swapped_macs(w: &impl Window) -> [u32; 3] {
+    let (a, b, c) = (w.r32(0), w.r32(4), w.r32(8));
+    // dst(6) src(6) as three words; swapped: src(6) dst(6).
+    if cfg!(target_endian = "little") {
+        [b >> 16 | c << 16, c >> 16 | a << 16, a >> 16 | b << 16]
+    } else {
+        [b << 16 | c >> 16, c << 16 | a >> 16, a << 16 | b >> 16]
+    }
+}
+
+/// Back to where it came from, as this host's own: MAC addresses, addresses and ports (no sum changes by that) and TTL. False: too short.
+#[inline(always)]
+pub fn turn<I: Ip, P: Packet>(p: &mut P) -> bool {
+    const TTL: u8 = 64;
+    let Some(mut w) = p.window(I::L4 + 4) else { return false };
+    let macs = swapped_macs(&w);
+    w.w32(0, macs[0]);
+    w.w32(4, macs[1]);
+    w.w32(8, macs[2]);
+    let (source, destination) = (I::address(&w, I::SOURCE), I::address(&w, I::DESTINATION));
+    I::set_address(&mut w, I::SOURCE, destination);
+    I::set_address(&mut w, I::DESTINATION, source);
+    let old = w.r8(I::TTL);
+    w.w8(I::TTL, TTL);
+    // (The IPv4 header has a sum, and the TTL begins a word of it.)
+    I::fix_header(&mut w, Delta::default().replace16(u16::from_ne_bytes([old, 0]), u16::from_ne_bytes([TTL, 0])));
+    let (from, to) = (w.r16(I::L4), w.r16(I::L4 + 2));
+    w.w16(I::L4, to);
+    w.w16(I::L4 + 2, from);
+    true
+}
+
 /// Count the TTL down, nothing else (DR).
 #[inline(always)]
 pub fn count_down<I: Ip, P: Packet>(p: &mut P) -> bool {

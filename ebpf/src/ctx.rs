@@ -7,7 +7,7 @@ use core::ffi::c_void;
 use rvs_datapath::csum::{self, Delta};
 use rvs_datapath::far::{self, Walk, Walked};
 use rvs_datapath::icmp::QUOTE_MAX;
-use rvs_datapath::options::{Edit, Editing, MOST};
+use rvs_datapath::options::{Edit, Editing, MOST, Offer};
 use rvs_datapath::packet::{Frame, Ip, Packet, Window};
 
 /// An XDP frame. The bounds are read once: checks that repeat cost nothing, and nothing that is written to the packet makes LLVM
@@ -202,7 +202,7 @@ impl Packet for Xdp<'_> {
         Walked::from_word(xdp_walk(self.ctx.ctx, walk.at as u32, walk.first as u32, walk.len as u32))
     }
     #[inline(always)]
-    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta> {
+    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<(Delta, Offer)> {
         let noise = self.window(I::L4 + 8)?.r32(I::L4 + 4);
         let editing = Editing::new(edit, I::L4, header, forget(0, noise));
         let mut round = Round { ctx: self.ctx.ctx, editing };

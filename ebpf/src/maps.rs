@@ -46,6 +46,7 @@ flat! {
     Hops("HOPS"): Hop;
     ReplyHops("REPLY_HOPS"): Hop;
     Fragments("FRAGMENTS"): [u64; fragment::WORDS];
+    Rates("RATES"): u64;
     Verdicts("VERDICTS"): u64;
 }
 
@@ -239,6 +240,18 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         }
     }
     #[inline(always)]
+    fn rate(&self, place: u32) -> u64 {
+        // SAFETY: a valid value, read as a whole word.
+        unsafe { Rates::at(place).read_volatile() }
+    }
+    #[inline(always)]
+    fn swap_rate(&self, place: u32, old: u64, new: u64) -> bool {
+        // SAFETY: as above; shared only through atomic instructions and whole-word loads.
+        unsafe {
+            atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(Rates::at(place), old, new).1
+        }
+    }
+    #[inline(always)]
     fn machine(&self, service: u32, which: Machine) -> u64 {
         // SAFETY: a valid value, read as a whole word.
         unsafe { word(ServiceStates::at(service), which).read_volatile() }
@@ -382,6 +395,8 @@ fn word(s: *mut ServiceState, which: Machine) -> *mut u64 {
         match which {
             Machine::Rr => &raw mut (*s).rr,
             Machine::Wrr => &raw mut (*s).wrr,
+            Machine::Asked => &raw mut (*s).asked,
+            Machine::Begun => &raw mut (*s).begun,
         }
     }
 }

@@ -15,7 +15,7 @@ use core::ffi::c_void;
 use rvs_datapath::csum::Delta;
 use rvs_datapath::ct::V6;
 use rvs_datapath::far::{self, Extras, MOST, Walk, Walked};
-use rvs_datapath::options::{self, Edit, Editing};
+use rvs_datapath::options::{self, Edit, Editing, Offer};
 use rvs_datapath::packet::{Frame, IP_GRE, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 
 use crate::ctx::{Bytes, beyond, blur, forget, sum};
@@ -165,7 +165,7 @@ impl Packet for Skb {
         }
     }
     #[inline(always)]
-    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta> {
+    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<(Delta, Offer)> {
         let noise = self.window(I::L4 + 8)?.r32(I::L4 + 4);
         let editing = Editing::new(edit, I::L4, header, forget(0, noise));
         let mut round = Round { skb: self.skb, editing };

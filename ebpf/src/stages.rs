@@ -1,19 +1,21 @@
 //! The stages of the pipeline as functions of their own, verified once each, with a stack frame each. Those that need the packet take
 //! its context, and XDP and tc have their own; those that open a connection begin with what was kept of the packet, and are shared.
 
+use ::core::hint::cold_path;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
-use rvs_datapath::verdict::Stage;
+use rvs_datapath::verdict::{Stage, Verdict};
 
 use crate::calls;
 use crate::maps::Maps;
 
 /// The function of a stage, called: those of one family and hook, by name.
 macro_rules! call {
-    ($stage:ident, $number:ident, $ctx:expr, $whole:expr, [$first:ident $enter:ident $link:ident $lend:ident $make_way:ident $give_up:ident],
+    ($stage:ident, $number:ident, $ctx:expr, $whole:expr, [$first:ident $enter:ident $link:ident $lend:ident $make_way:ident $give_up:ident $note:ident],
      [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
       $too_big:ident $related:ident $error_tunnel:ident $fullnat:ident $introduce:ident $fullnat_reply:ident
-      $reply_options:ident $fullnat_send:ident $far:ident $fragment:ident $note:ident $error_lent:ident $far_reply:ident]) => {
+      $reply_options:ident $fullnat_send:ident $far:ident $fragment:ident $error_lent:ident $far_reply:ident
+      $challenge:ident $knock:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::$first(),
@@ -36,9 +38,11 @@ macro_rules! call {
             Stage::ReplyOptions => $reply_options($ctx, $number),
             Stage::FullnatSend => $fullnat_send($ctx, $number),
             Stage::Far => $far($ctx, $number),
-            Stage::Note => $note($ctx),
+            Stage::Note => $crate::stages::$note(),
             Stage::ErrorLent => $error_lent($ctx),
             Stage::FarReply => $far_reply($ctx),
+            Stage::Challenge => $challenge($ctx),
+            Stage::Knock => $knock($ctx, $number),
             Stage::Fragment => $fragment($ctx),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),
@@ -46,6 +50,17 @@ macro_rules! call {
     };
 }
 pub(crate) use call;
+
+/// Nearly always the first stage has the verdict: what comes after it is a function of its own, so that it costs that one nothing.
+#[inline(always)]
+pub fn on(word: u64, further: impl FnOnce(u64) -> u64) -> Verdict {
+    let verdict = Verdict::from_word(word);
+    if verdict.next().is_none() {
+        return verdict;
+    }
+    cold_path();
+    Verdict::from_word(further(word))
+}
 
 // Only parameters that are used: LLVM drops others, and the verifier then misses them at the call.
 macro_rules! open {
@@ -69,4 +84,5 @@ open! {
     lend4 lend6(place) Lend;
     make_way4 make_way6(place) MakeWay;
     give_up4 give_up6(place) GiveUp;
+    note4 note6() Note;
 }

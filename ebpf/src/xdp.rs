@@ -16,7 +16,7 @@ use rvs_datapath::vlan::{self, Tags};
 use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
-use crate::stages::call;
+use crate::stages::{call, on};
 use crate::trace;
 
 /// The whole of an XDP program.
@@ -83,17 +83,28 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
 fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdict {
     let ctx = ctx.ctx;
     match family {
-        Ok(4) => core::stages(|stage, number| {
-            call!(stage, number, ctx, whole4(ctx, ifindex), [first4 enter4 link4 lend4 make_way4 give_up4],
-                [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4 reply_options4 fullnat_send4 far4 fragment4 note4 error_lent4 far_reply4])
-        }),
-        Ok(_) => core::stages(|stage, number| {
-            call!(stage, number, ctx, whole6(ctx, ifindex), [first6 enter6 link6 lend6 make_way6 give_up6],
-                [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6 reply_options6 fullnat_send6 far6 fragment6 note6 error_lent6 far_reply6])
-        }),
+        Ok(4) => on(whole4(ctx, ifindex), |word| further4(ctx, word)),
+        Ok(_) => on(whole6(ctx, ifindex), |word| further6(ctx, word)),
         Err(verdict) => verdict,
     }
 }
+
+macro_rules! further {
+    ($name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(ctx: *mut xdp_md, word: u64) -> u64 {
+            let again = || $whole(ctx, arrived_by(&XdpContext::new(ctx)));
+            core::further(Verdict::from_word(word), |stage, number| call!(stage, number, ctx, again(), [$($open)*], [$($stage)*])).word()
+        }
+    };
+}
+further!(further4, whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
+    [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4
+     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4]);
+further!(further6, whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
+    [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6
+     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6]);
 
 /// The interface that a frame counts as come in by.
 #[inline(always)]
@@ -180,9 +191,10 @@ stages! {
     fullnat_send4 fullnat_send6(place) FullnatSend;
     far4 far6(noted) Far;
     fragment4 fragment6() Fragment;
-    note4 note6() Note;
     error_lent4 error_lent6() ErrorLent;
     far_reply4 far_reply6() FarReply;
+    challenge4 challenge6() Challenge;
+    knock4 knock6(number) Knock;
     time_exceeded4 time_exceeded6() TimeExceeded;
     port_unreachable4 port_unreachable6() PortUnreachable;
 }

@@ -127,7 +127,7 @@ fn line(text: &mut String, name: &str, value: &str) {
     let _ = writeln!(text, "  {name:<14}{value}");
 }
 
-fn service_text(service: &ServiceId) -> String {
+pub fn service_text(service: &ServiceId) -> String {
     match service {
         ServiceId::Virtual { proto, addr, port } => {
             let proto = match proto {

@@ -135,6 +135,10 @@ impl World {
                 }
                 Err(unsupported) => ResponseBody::Refused(Refusal::from(&unsupported)),
             },
+            RequestBody::Defences(service) => {
+                let rows = api::defences(&self.model, service.map(Into::into), |_| true);
+                return api::in_chunks(id, rows, ResponseBody::Defences).collect();
+            }
             RequestBody::Command(command) => match self.command(command) {
                 Ok(()) => ResponseBody::Done,
                 Err(refusal) => ResponseBody::Refused(refusal),

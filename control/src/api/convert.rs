@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use super::{
-    Code, Command, DaemonRole, DaemonRow, DaemonSpec, DestId, DestSpec, Family, Forward, Granularity, Proto, Refusal,
-    ServiceId, ServiceSpec, Timeouts, TunnelChecksum, TunnelKind,
+    Code, Command, DaemonRole, DaemonRow, DaemonSpec, Defence, DestId, DestSpec, Family, Forward, Granularity, Proto,
+    Refusal, ServiceId, ServiceSpec, Timeouts, TunnelChecksum, TunnelKind,
 };
 use crate::model::{self, CommandError};
 use crate::{capability, limits};
@@ -40,6 +40,7 @@ impl TryFrom<Command> for model::Command {
             Command::StopDaemon { role } => Self::StopDaemon(role.into()),
             Command::AddLocalAddress { service, addr } => Self::AddLocalAddress(service.into(), addr),
             Command::DelLocalAddress { service, addr } => Self::DelLocalAddress(service.into(), addr),
+            Command::Defend { service, defence } => Self::Defend(service.into(), defence.into()),
         })
     }
 }
@@ -53,6 +54,17 @@ fn checked_text(text: &str, what: &'static str, max: usize) -> Result<(), BadCom
         return Err(BadCommand::BadText { what });
     }
     Ok(())
+}
+
+impl From<Defence> for model::Defence {
+    fn from(d: Defence) -> Self {
+        model::Defence { cookies_above: d.cookies_above, rate: d.rate, source_rate: d.source_rate }
+    }
+}
+impl From<model::Defence> for Defence {
+    fn from(d: model::Defence) -> Self {
+        Defence { cookies_above: d.cookies_above, rate: d.rate, source_rate: d.source_rate }
+    }
 }
 
 impl TryFrom<ServiceSpec> for model::ServiceSpec {
@@ -127,7 +139,9 @@ impl From<&CommandError> for Refusal {
             | CommandError::ZeroMark
             | CommandError::BadGranularity
             | CommandError::BadTimeout(_)
-            | CommandError::NotMulticast(_) => Code::Invalid,
+            | CommandError::NotMulticast(_)
+            | CommandError::CookiesNotTcp
+            | CommandError::CookiesOneWay(_) => Code::Invalid,
         };
         Refusal::new(code, error.to_string())
     }

@@ -3,8 +3,8 @@
 use std::iter::Peekable;
 
 use super::{
-    Code, DaemonRow, DestRow, Filter, ListRow, LocalAddressRow, Rates, Refusal, Response, ResponseBody, ServiceRow,
-    Stats,
+    Code, DaemonRow, DefenceRow, DestRow, Filter, ListRow, LocalAddressRow, Rates, Refusal, Response, ResponseBody,
+    ServiceRow, Stats,
 };
 use crate::limits;
 use crate::model::{DaemonRole, Dest, DestKey, Model, Service, ServiceKey};
@@ -70,6 +70,20 @@ pub fn local_addresses(model: &Model, service: Option<ServiceKey>) -> impl Itera
     let services = model.services().filter(move |(key, _)| service.is_none_or(|asked| asked == **key));
     services.flat_map(|(key, service)| {
         service.local_addresses.iter().map(|addr| LocalAddressRow { service: (*key).into(), addr: *addr })
+    })
+}
+
+/// How services defend themselves, of one or of all. `work`: do its cookies?
+pub fn defences(
+    model: &Model,
+    service: Option<ServiceKey>,
+    work: impl Fn(&ServiceKey) -> bool,
+) -> impl Iterator<Item = DefenceRow> {
+    let services = model.services_by_age().filter(move |(key, _)| service.is_none_or(|asked| asked == **key));
+    services.map(move |(key, service)| DefenceRow {
+        service: (*key).into(),
+        defence: service.defence.into(),
+        cookies_work: work(key),
     })
 }
 

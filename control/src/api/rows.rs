@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DaemonRole, DestSpec, ServiceId, ServiceSpec};
+use super::{DaemonRole, Defence, DestSpec, ServiceId, ServiceSpec};
 
 /// Counters since the service or dest was added, or zeroed. Bytes are those of the IP packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,6 +159,14 @@ pub struct StatsReport {
     pub total: Stats,
     pub rates: Rates,
     pub cpus: Vec<CpuStats>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DefenceRow {
+    pub service: ServiceId,
+    pub defence: Defence,
+    /// Can cookies be used with all its real servers? (Not with one by direct routing or a tunnel, and not with the director itself.)
+    pub cookies_work: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use super::Service;
 use super::types::{
-    DaemonRole, Dest, DestKey, Granularity, SchedFlags, ServiceConfig, ServiceKey, SyncDaemon, Timeouts,
+    DaemonRole, Defence, Dest, DestKey, Granularity, SchedFlags, ServiceConfig, ServiceKey, SyncDaemon, Timeouts,
 };
 
 /// A service as a command describes it. Names are still text: whether a scheduler exists is found out after whether
@@ -51,6 +51,8 @@ pub enum Command {
     /// Puts an address into the pool that FULLNAT takes its sources from.
     AddLocalAddress(ServiceKey, IpAddr),
     DelLocalAddress(ServiceKey, IpAddr),
+    /// Rate limits and SYN cookies.
+    Defend(ServiceKey, Defence),
 }
 
 /// What a command changed, with what was there before: enough to write maps without looking at other services, and to
@@ -70,6 +72,7 @@ pub enum Change {
     DaemonStopped { role: DaemonRole, was: SyncDaemon },
     LocalAddressAdded { service: ServiceKey, addr: IpAddr },
     LocalAddressRemoved { service: ServiceKey, addr: IpAddr },
+    Defended { service: ServiceKey, before: Defence },
 }
 
 /// A dest that was taken out, with its place in the kernel's list.
@@ -145,6 +148,10 @@ pub enum CommandError {
     /// ENOENT
     #[error("the pool has no such local address")]
     NoSuchLocalAddress,
+    #[error("SYN cookies are for TCP services with an address")]
+    CookiesNotTcp,
+    #[error("SYN cookies are for real servers by NAT and full NAT, whose replies come by here: {0} is not one")]
+    CookiesOneWay(IpAddr),
     /// ENOMEM
     #[error("no room for another {what}: the limit is {max}")]
     Full { what: &'static str, max: usize },

@@ -257,6 +257,23 @@ fn local_addresses_are_a_set() {
     model.apply(&del, &Host).unwrap();
 }
 
+#[test]
+fn cookies_are_for_tcp_and_for_replies_that_come_by() {
+    let (mut model, key) = with_service();
+    let cookies = Defence { cookies_above: Some(0), rate: 5, source_rate: 0 };
+    model.apply(&Command::Defend(key, cookies), &Host).unwrap();
+    assert_eq!(model.service(&key).unwrap().defence, cookies);
+    let udp = ServiceKey::Virtual { proto: Proto::Udp, addr: ip("192.0.2.1"), port: 53 };
+    assert_eq!(refused(&mut model, &Command::Defend(udp, cookies)), CommandError::NoSuchService);
+    model.apply(&Command::AddService(udp, spec(Family::V4)), &Host).unwrap();
+    assert_eq!(refused(&mut model, &Command::Defend(udp, cookies)), CommandError::CookiesNotTcp);
+    model.apply(&Command::Defend(udp, Defence { cookies_above: None, ..cookies }), &Host).unwrap();
+    model.apply(&Command::Defend(key, Defence::default()), &Host).unwrap();
+    let direct = dest("10.0.0.7", 80, FwdMethod::Route);
+    model.apply(&Command::AddDest(key, direct), &Host).unwrap();
+    assert_eq!(refused(&mut model, &Command::Defend(key, cookies)), CommandError::CookiesOneWay(direct.key.addr));
+}
+
 /// Few keys, so that commands meet each other.
 fn any_key() -> impl Strategy<Value = ServiceKey> {
     prop_oneof![
@@ -317,6 +334,8 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => role().prop_map(Command::StopDaemon),
         1 => (any_key(), pool()).prop_map(|(key, addr)| Command::AddLocalAddress(key, addr)),
         1 => (any_key(), pool()).prop_map(|(key, addr)| Command::DelLocalAddress(key, addr)),
+        1 => (any_key(), proptest::option::of(0..9u32), 0..9u32)
+            .prop_map(|(key, cookies_above, rate)| Command::Defend(key, Defence { cookies_above, rate, source_rate: 0 })),
     ]
 }
 

@@ -293,3 +293,14 @@ pub struct SyncDaemon {
     pub port: u16,
     pub ttl: u8,
 }
+
+/// What a service takes in a second before it defends itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Defence {
+    /// SYNs that are taken as they come; those after them are answered with SYN cookies. `None`: no cookies.
+    pub cookies_above: Option<u32>,
+    /// New connections; 0: any number.
+    pub rate: u32,
+    /// ... of one client (an IPv4 address, a /64 of IPv6); 0: any number.
+    pub source_rate: u32,
+}

@@ -40,16 +40,20 @@ pub(super) fn abi_key(key: &ServiceKey) -> abi::ServiceKey {
     }
 }
 
-/// The settings of a service in its record; list, table and serial stay.
+/// The settings of a service in its record; list, table, serial and whether its cookies work stay.
 pub(super) fn describe(record: &mut abi::Service, service: &Service, key: &ServiceKey, local: bool) {
     let c = &service.config;
     let flags = |on: bool, bit: u32| if on { bit } else { 0 };
     let bits = u32::from(c.sched_flags.bits());
-    record.flags = flags(bits & 1 != 0, service_flag::HASH_FALLBACK)
+    record.flags = record.flags & service_flag::ASKS
+        | flags(bits & 1 != 0, service_flag::HASH_FALLBACK)
         | flags(bits & 2 != 0, service_flag::HASH_PORT)
         | flags(bits & 4 != 0, service_flag::FLAG_3)
         | flags(c.one_packet, service_flag::ONE_PACKET)
         | flags(local, service_flag::LOCAL);
+    record.cookies = service.defence.cookies_above.map_or(0, |above| above.saturating_add(1));
+    record.rate = service.defence.rate;
+    record.source_rate = service.defence.source_rate;
     record.scheduler = c.scheduler.map_or(0, scheduler_number);
     record.persistence_s = c.persistence_s.unwrap_or(0);
     record.netmask = match c.granularity {
@@ -69,8 +73,11 @@ fn scheduler_number(s: Scheduler) -> u32 {
     Scheduler::ALL.iter().position(|x| *x == s).map_or(0, |i| i as u32 + 1)
 }
 
-pub(super) fn method_bits(method: FwdMethod) -> u32 {
+/// `cookies`: may the service's SYNs be answered with cookies?
+pub(super) fn method_bits(method: FwdMethod, cookies: bool) -> u32 {
     match method {
+        // Sequence numbers are the connection's own then.
+        FwdMethod::Masq if cookies => flag::FULLNAT | flag::OWN,
         FwdMethod::Masq => flag::MASQ,
         FwdMethod::Local => flag::LOCAL_NODE,
         FwdMethod::Tunnel(_) => flag::TUNNEL,

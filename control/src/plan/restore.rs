@@ -7,8 +7,8 @@ use rvs_datapath::abi::{self, ListEntry, dest as flag, service as service_flag, 
 
 use super::{Capacity, Mirror, Placed, PlacedDest, Planner, Run, address};
 use crate::model::{
-    Command, CommandError, Dest, DestKey, Env, Family, FwdMethod, Granularity, Model, Proto, SchedFlags, Scheduler,
-    ServiceKey, ServiceSpec, Timeouts, Tunnel, TunnelChecksum, TunnelKind,
+    Command, CommandError, Defence, Dest, DestKey, Env, Family, FwdMethod, Granularity, Model, Proto, SchedFlags,
+    Scheduler, ServiceKey, ServiceSpec, Timeouts, Tunnel, TunnelChecksum, TunnelKind,
 };
 
 /// What the maps hold.
@@ -124,6 +124,12 @@ impl Planner {
             let addr = address(&local.address.bytes(), key.family() == Family::V6);
             model.apply(&Command::AddLocalAddress(key, addr), &Accepted).map_err(|e| wrong(e.to_string()))?;
         }
+        let defence = Defence {
+            cookies_above: s.record.cookies.checked_sub(1),
+            rate: s.record.rate,
+            source_rate: s.record.source_rate,
+        };
+        model.apply(&Command::Defend(key, defence), &Accepted).map_err(|e| wrong(e.to_string()))?;
         let dests_there = BTreeMap::new();
         let list = s.list.clone();
         let mut placed = Placed { index: s.index, record: s.record, list, run, table, locals, dests: dests_there };
@@ -197,6 +203,7 @@ fn described_dest(d: &DumpedDest) -> Result<Dest, String> {
         flag::MASQ => FwdMethod::Masq,
         flag::LOCAL_NODE => FwdMethod::Local,
         flag::ROUTE => FwdMethod::Route,
+        flag::FULLNAT if out & flag::OWN != 0 => FwdMethod::Masq,
         flag::FULLNAT => FwdMethod::Fullnat,
         flag::TUNNEL => FwdMethod::Tunnel(Tunnel {
             port: d.tunnel.port,

@@ -7,7 +7,8 @@ use rvs_datapath::abi::ServiceState;
 
 use super::*;
 use crate::model::{
-    Command, Env, FwdMethod, Granularity, Proto, SchedFlags, ServiceSpec, Timeouts, Tunnel, TunnelChecksum, TunnelKind,
+    Command, Defence, Env, FwdMethod, Granularity, Proto, SchedFlags, ServiceSpec, Timeouts, Tunnel, TunnelChecksum,
+    TunnelKind,
 };
 
 struct Host;
@@ -170,11 +171,21 @@ impl World {
             let locals: Vec<_> =
                 service.local_addresses.iter().map(|a| abi::Local { address: bytes(*a).into() }).collect();
             assert_eq!(self.maps.local_addresses(record), locals);
+            let defence = Defence {
+                cookies_above: record.cookies.checked_sub(1),
+                rate: record.rate,
+                source_rate: record.source_rate,
+            };
+            assert_eq!(defence, service.defence);
+            let replies_come_by = list.iter().all(|e| self.maps.dests[&e.dest].lends());
+            assert_eq!(record.asks(), record.cookies != 0 && replies_come_by);
+            assert_eq!(self.planner.asks(key), record.asks());
             for (entry, dest) in list.iter().zip(dests) {
                 assert!(used.insert(entry.dest), "dest {} is in two places", entry.dest);
                 let there = self.maps.dests[&entry.dest];
                 assert_eq!((there.address, there.port), (bytes(dest.key.addr).into(), dest.key.port));
-                assert_eq!(there.out as u32 & flag::METHOD, method_bits(dest.method));
+                let cookies = service.defence.cookies_above.is_some();
+                assert_eq!(there.out as u32 & (flag::METHOD | flag::OWN), method_bits(dest.method, cookies));
                 assert_ne!(there.out as u32 & flag::AVAILABLE, 0);
                 assert_eq!(entry.weight, dest.weight);
                 assert_eq!(self.maps.info[&entry.dest].weight, dest.weight);
@@ -240,6 +251,9 @@ fn any_command() -> impl Strategy<Value = Command> {
         4 => (key(), dest()).prop_map(|(k, d)| Command::DelDest(k, d.key)),
         3 => (key(), 200u8..206).prop_map(|(k, n)| Command::AddLocalAddress(k, ip(n))),
         2 => (key(), 200u8..206).prop_map(|(k, n)| Command::DelLocalAddress(k, ip(n))),
+        3 => (key(), prop::option::of(0u32..3), 0u32..3).prop_map(|(k, cookies_above, rate)| {
+            Command::Defend(k, Defence { cookies_above, rate, source_rate: 7 })
+        }),
         1 => Just(Command::Flush),
         1 => (1u32..5000).prop_map(|udp_s| Command::SetTimeouts(Timeouts { tcp_s: 0, tcp_fin_s: 0, udp_s })),
     ]

@@ -2,9 +2,11 @@
 //! kept in a row beside the forward entry, found by its slot ([`Conns::side`]).
 //!
 //! ```text
-//! word 0   fingerprint:32 | port:16 | 0:15 | told:1   of which flow it is, written last; the local port; see TOLD
-//! word 1   delta:32 | first:32                        what is added to the client's sequence numbers; its first one + 1
-//! word 2   0:32 | server:32                           the server's first sequence number + 1; 0: not known yet
+//! word 0   fingerprint:32 | port:16 | 0:11 | scale:4 | told:1   of which flow it is, written last; the local port; the server's window
+//!                                                                scale (only with a cookie); see TOLD
+//! word 1   delta:32 | first:32       what is added to the client's sequence numbers; its first one + 1
+//! word 2   cookie:32 | server:32     the first sequence number that the client was told (`cookie`; 0: the server's own); the server's
+//!                                    + 1, 0: not known yet
 //! word 3.. the local address
 //! ```
 //! The reverse entry (real server -> local address) has both REVERSE and LINKED: it is not followed by the client's address, as
@@ -22,6 +24,7 @@ const SERVER: usize = 2;
 /// The server has heard from the client what it needs to know: nothing more is put into its packets.
 const TOLD: u64 = 1;
 const PORT_SHIFT: u32 = 16;
+const SCALE_SHIFT: u32 = 1;
 
 /// What a row says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +38,8 @@ pub struct Side<A> {
     pub first: u32,
     /// The server's; 0: not seen yet.
     pub server: u32,
+    /// What the client believes to be the server's first sequence number; 0: that it is.
+    pub cookie: u32,
 }
 
 impl<A: PartialEq> Side<A> {
@@ -46,6 +51,21 @@ impl<A: PartialEq> Side<A> {
     #[inline(always)]
     pub fn is_told(&self) -> bool {
         self.who & TOLD != 0
+    }
+    /// Added to the server's sequence numbers.
+    #[inline(always)]
+    pub fn back(&self) -> u32 {
+        if self.cookie == 0 || self.server == 0 { 0 } else { self.cookie.wrapping_add(1).wrapping_sub(self.server) }
+    }
+    /// The client has been answered, but the server has not: whatever the client sends is to be its SYN.
+    #[inline(always)]
+    pub fn is_to_knock(&self) -> bool {
+        self.cookie != 0 && self.server == 0
+    }
+    /// The server's window scale.
+    #[inline(always)]
+    pub fn scale(&self) -> u32 {
+        (self.who >> SCALE_SHIFT) as u32 & 0xf
     }
     /// Is this what a packet to that address and port means?
     #[inline(always)]
@@ -91,7 +111,14 @@ fn row<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot) -> Option<Side<F:
         i += 1;
     }
     let address = F::from_words(address);
-    Some(Side { address, who, delta: (client >> 32) as u32, first: client as u32, server: server as u32 })
+    Some(Side {
+        address,
+        who,
+        delta: (client >> 32) as u32,
+        first: client as u32,
+        server: server as u32,
+        cookie: (server >> 32) as u32,
+    })
 }
 
 /// The row of a flow, given the forward entry's slot and key; `None`: it is another's (the entry has been made this instant).
@@ -101,24 +128,27 @@ pub fn side<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, key: &Key<F:
 }
 
 /// The flow whose forward entry is at `place` is lent this address and port: what [`super::link`] makes the entry for its replies of.
+/// `told`: there is nothing to tell the server.
 #[inline(always)]
 pub fn lend<F: Addressing, C: Conns<F> + ?Sized>(
     c: &C,
     key: &Key<F::Words>,
     place: Place,
     (address, port): (F::Addr, u16),
+    cookie: u32,
+    told: bool,
 ) {
     let Some(row) = c.side(slot_of(place)) else { return };
     row.store(WHO, 0);
     row.store(CLIENT, 0);
-    row.store(SERVER, 0);
+    row.store(SERVER, u64::from(cookie) << 32);
     let words = F::to_words(address);
     let mut i = 0;
     while i < words.as_ref().len() {
         row.store(ADDRESS + i, words.as_ref()[i]);
         i += 1;
     }
-    row.store(WHO, fingerprint(key) | u64::from(port) << PORT_SHIFT);
+    row.store(WHO, fingerprint(key) | u64::from(port) << PORT_SHIFT | if told { TOLD } else { 0 });
 }
 
 /// The client's SYN went by: its first sequence number + 1, and what is added to all of its sequence numbers from now on.
@@ -129,12 +159,16 @@ pub fn begin<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, first: u32,
     }
 }
 
-/// The server's SYN went by: its first sequence number + 1.
+/// The server's SYN went by: its first sequence number + 1, and its window scale.
 #[inline(always)]
-pub fn answered<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, server: u32) {
+pub fn answered<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &Side<F::Addr>, server: u32, scale: u8) {
     if let Some(row) = c.side(slot) {
+        if side.cookie != 0 {
+            let scale = u64::from(scale.min(14)) << SCALE_SHIFT;
+            let _ = row.cas(WHO, side.who, side.who & !(0xf << SCALE_SHIFT) | scale);
+        }
         // 0 would say that it is not known. (With any other number this one server, of four billion, is not told who its client is.)
-        row.store(SERVER, u64::from(if server == 0 { u32::MAX } else { server }));
+        row.store(SERVER, u64::from(side.cookie) << 32 | u64::from(if server == 0 { u32::MAX } else { server }));
     }
 }
 

@@ -124,8 +124,16 @@ fn error_to_server<I: Ip, P: Packet, T: Tables>(
 /// Its outer headers have no checksum: there is none to make one of without reading it all.
 #[inline(always)]
 fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
-    let flow: Flow<I> =
-        Flow { key: error.key, tcp: true, flags: 0, ttl: error.ttl, by: 0, part: Part::WHOLE, len: error.len };
+    let flow: Flow<I> = Flow {
+        key: error.key,
+        tcp: true,
+        flags: 0,
+        ttl: error.ttl,
+        by: 0,
+        part: Part::WHOLE,
+        len: error.len,
+        cookie: 0,
+    };
     into_tunnel(p, t, &flow, index, Reason::ErrorIn)
 }
 

@@ -2,7 +2,7 @@
 
 use crate::csum::{self, Delta};
 use crate::far::{self, Walk, Walked};
-use crate::options::{self, Edit};
+use crate::options::{self, Edit, Offer};
 use crate::packet::{Frame, Ip, Packet, Window};
 use std::cell::Cell;
 
@@ -83,7 +83,7 @@ impl Packet for MemPacket {
     fn walk(&mut self, walk: Walk) -> Walked {
         far::walk(self, walk)
     }
-    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<Delta> {
+    fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<(Delta, Offer)> {
         let mut editing = options::Editing::new(edit, I::L4, header, 0);
         let _ = (0..options::MOST).any(|i| editing.step(self, i));
         editing.end()

@@ -7,12 +7,12 @@ use crate::abi::{
 };
 use crate::conn::{self, Policy, Timeouts};
 use crate::ct::{self, MIN_BUCKETS, Seed, V4, V6};
-use crate::packet::Ip;
+use crate::packet::{Flow, Ip};
 use crate::tables::{Machine, Route, Tables, Walker};
 use crate::verdict::{COUNTERS, Verdict};
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::*};
 
 /// How much there is of everything.
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +74,7 @@ pub struct MemTables {
     pub hops: Vec<Hop>,
     /// By address as it lies in the packet.
     pub routes: BTreeMap<(u8, [u8; 16]), Way>,
-    machines: Vec<[AtomicU64; 2]>,
+    machines: Vec<[AtomicU64; 4]>,
     dests: Vec<Dest>,
     /// By dest index.
     pub tunnels: Vec<Tunnel>,
@@ -82,6 +82,9 @@ pub struct MemTables {
     lendings: Vec<AtomicU64>,
     stats: Vec<StatCells>,
     reply_hops: Vec<OnceLock<Hop>>,
+    rates: Vec<[AtomicU64; 1]>,
+    /// Of the packet that was kept last.
+    cookie: AtomicU32,
     fragments: Vec<[AtomicU64; abi::fragment::WORDS]>,
     verdicts: [AtomicU64; COUNTERS],
     /// ICMP errors that may still be sent in this second.
@@ -125,6 +128,8 @@ impl MemTables {
             lendings: filled(sizes.dests),
             stats: filled(sizes.dests),
             reply_hops: filled(REPLY_HOPS_MAX),
+            rates: filled(abi::RATES_MAX),
+            cookie: AtomicU32::new(0),
             fragments: filled(abi::FRAGMENTS_MAX),
             verdicts: std::array::from_fn(|_| AtomicU64::new(0)),
             icmp_left: AtomicU64::new(ICMP_PER_S),
@@ -221,13 +226,14 @@ impl MemTables {
         Stats { connections: of(0), packets_in: of(1), packets_out: of(2), bytes_in: of(3), bytes_out: of(4) }
     }
     pub fn service_state(&self, service: u32) -> ServiceState {
-        let [rr, wrr] = &self.machines[service as usize];
-        ServiceState { rr: rr.load(SeqCst), wrr: wrr.load(SeqCst) }
+        let [rr, wrr, asked, begun] = self.machines[service as usize].each_ref().map(|word| word.load(SeqCst));
+        ServiceState { rr, wrr, asked, begun }
     }
     pub fn set_service_state(&self, service: u32, state: ServiceState) {
-        let [rr, wrr] = &self.machines[service as usize];
-        rr.store(state.rr, SeqCst);
-        wrr.store(state.wrr, SeqCst);
+        let words = [state.rr, state.wrr, state.asked, state.begun];
+        for (word, value) in self.machines[service as usize].iter().zip(words) {
+            word.store(value, SeqCst);
+        }
     }
     /// Packets of each reason so far, by `Reason as usize`.
     pub fn verdicts(&self) -> [u64; COUNTERS] {
@@ -297,6 +303,18 @@ impl Tables for MemTables {
     fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool {
         let word = &self.fragments[place as usize][abi::fragment::CONTROL as usize];
         word.compare_exchange(old, new, SeqCst, SeqCst).is_ok()
+    }
+    fn keep<I: Ip>(&self, flow: &Flow<I>) {
+        self.cookie.store(flow.cookie, SeqCst);
+    }
+    fn kept_cookie(&self) -> u32 {
+        self.cookie.load(SeqCst)
+    }
+    fn rate(&self, place: u32) -> u64 {
+        self.rates[place as usize][0].load(SeqCst)
+    }
+    fn swap_rate(&self, place: u32, old: u64, new: u64) -> bool {
+        self.rates[place as usize][0].compare_exchange(old, new, SeqCst, SeqCst).is_ok()
     }
     fn machine(&self, service: u32, which: Machine) -> u64 {
         self.machines[service as usize][which as usize].load(SeqCst)

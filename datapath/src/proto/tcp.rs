@@ -1,6 +1,7 @@
 //! TCP as IPVS follows it: eleven states, three tables (`ip_vs_proto_tcp.c`, `tcp_states[]`).
 
 use crate::conn::{Row, Timeouts, class};
+use crate::packet::{Ip, Packet, Window};
 
 pub const NONE: u64 = 0;
 pub const ESTABLISHED: u64 = 1;
@@ -33,6 +34,14 @@ pub const FIN: u8 = 0x01;
 pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
+
+/// Sequence number, acknowledged number and header length of a TCP segment, whose options can be reached then.
+#[inline(always)]
+pub fn numbers<I: Ip, P: Packet>(p: &mut P) -> Option<(u32, u32, u32)> {
+    p.reach(I::L4 + 60);
+    let w = p.window(I::L4 + 20)?;
+    Some((u32::from_be(w.r32(I::L4 + 4)), u32::from_be(w.r32(I::L4 + 8)), u32::from(w.r8(I::L4 + 12) >> 4) * 4))
+}
 
 /// `tcp_timeouts[]`; `--set` changes ESTABLISHED and FIN_WAIT. Active are ESTABLISHED, SYN_SENT, SYN_RECV and SYNACK
 /// (`tcp_state_active_table[]`).

@@ -4,6 +4,7 @@
 //! listed as ignored with the reason. The programs under test are found as `rvs_lab::director::program` says.
 
 mod bad_input;
+mod defence;
 mod fragments;
 mod layouts;
 mod operations;
@@ -33,6 +34,7 @@ fn main() {
         traffic::tests(),
         fragments::tests(),
         bad_input::tests(),
+        defence::tests(),
         scale::tests(),
         seen::tests(),
     ];

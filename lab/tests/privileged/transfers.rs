@@ -127,7 +127,7 @@ fn there(lab: &Lab, vip: std::net::SocketAddr) -> TestResult {
 }
 
 /// One download and one upload; the two servers take turns.
-fn there_and_back(lab: &Lab, vip: std::net::SocketAddr, name: &str) -> TestResult {
+pub fn there_and_back(lab: &Lab, vip: std::net::SocketAddr, name: &str) -> TestResult {
     there(lab, vip)?;
     let client = lab.node("client")?;
     let servers: Vec<&str> = lab.topology().servers().map(|n| n.name.as_str()).collect();

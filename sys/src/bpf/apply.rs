@@ -25,8 +25,8 @@ enum Undo {
 /// Word of `abi::Service` that publishes its list, and the one of its table.
 const LIST: usize = 0;
 const TABLE: usize = 1;
-/// ... and its local addresses, the last.
-const LOCALS: usize = size_of::<abi::Service>() / 8 - 1;
+/// ... and its local addresses.
+const LOCALS: usize = std::mem::offset_of!(abi::Service, locals) / 8;
 /// Word of `abi::DestState` with its flags; bit 1: weight 0.
 const FLAGS: usize = 2;
 const QUIESCED: u64 = 2;

@@ -267,6 +267,7 @@ pub struct Maps {
     pub hops: Table<Hop>,
     pub reply_hops: Table<Hop>,
     fragments: Table<[u64; abi::fragment::WORDS]>,
+    rates: Table<u64>,
     pub verdicts: PerCpu<u64>,
     scratch: [PerCpu<[u64; abi::SCRATCH_WORDS]>; 2],
     pub trace: Table<abi::Trace>,
@@ -471,6 +472,7 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::new::<Hop>(map::HOPS, s.hops.next_power_of_two()),
         Shape::new::<Hop>(map::REPLY_HOPS, abi::REPLY_HOPS_MAX),
         Shape::new::<[u64; abi::fragment::WORDS]>(map::FRAGMENTS, abi::FRAGMENTS_MAX),
+        Shape::new::<u64>(map::RATES, abi::RATES_MAX),
         Shape::per_cpu::<u64>(map::VERDICTS, COUNTERS as u32),
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH4, 1),
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH6, 1),
@@ -629,7 +631,7 @@ fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Fl
 /// The maps that are not flat.
 const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
 
-const ALL: [&str; 28] = [
+const ALL: [&str; 29] = [
     // The first: without its pin nobody takes the others for whole.
     map::CONFIG,
     map::CONN4,
@@ -651,6 +653,7 @@ const ALL: [&str; 28] = [
     map::HOPS,
     map::REPLY_HOPS,
     map::FRAGMENTS,
+    map::RATES,
     map::VERDICTS,
     map::SCRATCH4,
     map::SCRATCH6,
@@ -685,6 +688,7 @@ impl Maps {
             hops: flat.table(map::HOPS)?,
             reply_hops: flat.table(map::REPLY_HOPS)?,
             fragments: flat.table(map::FRAGMENTS)?,
+            rates: flat.table(map::RATES)?,
             verdicts: flat.per_cpu(map::VERDICTS)?,
             scratch: [flat.per_cpu(map::SCRATCH4)?, flat.per_cpu(map::SCRATCH6)?],
             trace: flat.table(map::TRACE)?,
@@ -698,6 +702,9 @@ impl Maps {
     pub fn forget(&self) -> Result<()> {
         for place in 0..self.fragments.len() {
             self.fragments.set(place, [0; abi::fragment::WORDS])?;
+        }
+        for place in 0..self.rates.len() {
+            self.rates.set(place, 0)?;
         }
         for part in &self.scratch {
             for cpu in 0..part.cpus {

@@ -15,7 +15,7 @@ use super::raw::{self, Mapping};
 use super::{BpfError, Dataplane, Flat, LOOKED_UP, Result, Shape, Table, failed, flat};
 
 /// State that says what becomes of a packet.
-const COPIED: [&str; 12] = [
+const COPIED: [&str; 13] = [
     map::CONN4,
     map::CONN6,
     map::CLOCK,
@@ -26,6 +26,7 @@ const COPIED: [&str; 12] = [
     map::SCRATCH4,
     map::SCRATCH6,
     map::FRAGMENTS,
+    map::RATES,
     map::SIDE4,
     map::SIDE6,
 ];
