@@ -17,7 +17,7 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         }
         Reason::OtherInterface => "restart rvsd, or name the interface with --interface",
         Reason::OtherMac => "on a backup director this is normal; else ask for the interface that the packet comes by",
-        Reason::OtherProtocol => "virtual services are TCP and UDP",
+        Reason::OtherProtocol => "virtual services are TCP, UDP and SCTP",
         Reason::Options | Reason::SourceRoute => "no virtual service gets such packets",
         Reason::Fragment => "it came before the first fragment of its datagram, or long after: see docs/drops.md",
         Reason::FragmentTiny | Reason::FragmentOverlap | Reason::FragmentConflict => {
@@ -25,6 +25,9 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         }
         Reason::FragmentLent => {
             "have the sender use packets that need not be fragmented, or another method than full NAT"
+        }
+        Reason::FragmentSctp => {
+            "give the real server the virtual port, or have the sender use packets that need not be fragmented"
         }
         Reason::NoLocalAddress | Reason::NoLocalPort => "give the service (more) local addresses: ipvsadm -P",
         Reason::Entering => "ask again",
@@ -38,7 +41,7 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         Reason::CookieRefused => "without data and extra headers in its SYN the client gets through",
         Reason::SourceRate | Reason::ServiceRate => "see rvs service show, and raise the limit: rvs service set",
         Reason::NoConnection => {
-            "the connection timed out (ipvsadm --set), or was made through another director; a new one begins with --flags syn"
+            "the connection timed out (ipvsadm --set), or was made through another director; a new one of TCP begins with --flags syn"
         }
         Reason::Martian => "ask with the address of a client",
         Reason::TableFull => {

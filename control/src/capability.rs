@@ -72,7 +72,7 @@ impl Capabilities {
     /// What the data plane of this version does.
     pub fn current() -> Self {
         Capabilities {
-            protocols: [Proto::Tcp, Proto::Udp].into(),
+            protocols: [Proto::Tcp, Proto::Udp, Proto::Sctp].into(),
             families: [Family::V4, Family::V6].into(),
             schedulers: [Scheduler::Rr, Scheduler::Wrr, Scheduler::Wlc, Scheduler::Mh].into(),
             no_scheduler: false,
@@ -214,6 +214,7 @@ mod tests {
     fn taken() -> Vec<Command> {
         let flags = |bits| SchedFlags::from_bits(bits).unwrap();
         let v6 = ServiceKey::Virtual { proto: Proto::Udp, addr: "2001:db8::1".parse().unwrap(), port: 53 };
+        let sctp = ServiceKey::Virtual { proto: Proto::Sctp, addr: "192.0.2.1".parse().unwrap(), port: 80 };
         let gue = Tunnel { kind: TunnelKind::Gue, port: 6080, checksum: TunnelChecksum::None };
         let other = DestKey { addr: "2001:db8::2".parse().unwrap(), port: 80 };
         let mixed = Dest { key: other, ..dest(FwdMethod::Tunnel(gue)) };
@@ -222,6 +223,8 @@ mod tests {
         commands.extend([
             Command::AddService(service(80), ServiceSpec { sched_flags: flags(3), ..spec("mh") }),
             Command::AddService(v6, ServiceSpec { granularity: Granularity::V6(128), ..spec("rr") }),
+            Command::AddService(sctp, spec("rr")),
+            Command::AddDest(sctp, dest(FwdMethod::Fullnat)),
             Command::AddDest(service(80), dest(FwdMethod::Masq)),
             Command::EditDest(service(80), dest(FwdMethod::Route)),
             Command::AddDest(service(80), dest(FwdMethod::Tunnel(Tunnel::IPIP))),
@@ -238,7 +241,6 @@ mod tests {
     /// Commands that it does not, with a word of the line that says so.
     fn refused() -> Vec<(Command, &'static str)> {
         let flags = |bits| SchedFlags::from_bits(bits).unwrap();
-        let sctp = ServiceKey::Virtual { proto: Proto::Sctp, addr: "192.0.2.1".parse().unwrap(), port: 80 };
         let mark = ServiceKey::Fwmark { mark: 1, family: Family::V4 };
         let daemon = DaemonSpec {
             role: DaemonRole::Master,
@@ -250,7 +252,6 @@ mod tests {
             ttl: None,
         };
         vec![
-            (Command::AddService(sctp, spec("rr")), "SCTP"),
             (Command::AddService(mark, spec("rr")), "firewall mark"),
             (Command::AddService(service(0), spec("rr")), "port 0"),
             (Command::AddService(service(80), spec("lc")), "scheduler lc"),

@@ -1,4 +1,4 @@
-//! The filter of `rvs trace`, in the manner of pcap-filter(7): `host`, `net`, `port`, `portrange` with `src` or `dst`, `tcp`, `udp`, `icmp`,
+//! The filter of `rvs trace`, in the manner of pcap-filter(7): `host`, `net`, `port`, `portrange` with `src` or `dst`, `tcp`, `udp`, `sctp`, `icmp`,
 //! `icmp6`, `ip`, `ip6`, `proto NUMBER`, joined by `and`, `or`, `not` and parentheses; and what tcpdump can't know: `reason NAME`, `forwarded`,
 //! `answered`, `passed`, `dropped`, `service tcp:ADDRESS:PORT`, `dest ADDRESS[:PORT]`.
 //!
@@ -11,7 +11,7 @@ use rvs_datapath::abi::Trace;
 use rvs_datapath::verdict::{Kind, Reason};
 
 use crate::api::{DestId, Proto, ServiceId};
-use crate::headers::{Ends, ICMP, ICMP6, TCP, UDP};
+use crate::headers::{Ends, ICMP, ICMP6, SCTP, TCP, UDP};
 use crate::{limits, plan};
 
 /// Which packets to show.
@@ -287,6 +287,7 @@ impl Words<'_> {
         let protocol = match word {
             "tcp" => Term::Protocol(TCP),
             "udp" => Term::Protocol(UDP),
+            "sctp" => Term::Protocol(SCTP),
             "icmp" => Term::Protocol(ICMP),
             "icmp6" => Term::Protocol(ICMP6),
             "ip" => Term::Family(4),

@@ -11,10 +11,30 @@ const IPV6: u16 = 0x86dd;
 pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
+pub const SCTP: u8 = 132;
 pub const ICMP6: u8 = 58;
 
 /// Names of TCP flags, from the lowest bit on.
 pub const TCP_FLAGS: [&str; 8] = ["fin", "syn", "rst", "psh", "ack", "urg", "ece", "cwr"];
+
+/// Names of SCTP's chunks by type (RFC 9260 3.2).
+const SCTP_CHUNKS: [&str; 15] = [
+    "data",
+    "init",
+    "init_ack",
+    "sack",
+    "heartbeat",
+    "heartbeat_ack",
+    "abort",
+    "shutdown",
+    "shutdown_ack",
+    "error",
+    "cookie_echo",
+    "cookie_ack",
+    "ecne",
+    "cwr",
+    "shutdown_complete",
+];
 
 /// A frame, as far as it was kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,10 +54,12 @@ pub struct Ends {
     pub ttl: u8,
     /// Bytes of the IP packet, as it says.
     pub len: u32,
-    /// Of TCP and UDP, where they are there (a fragment may have none).
+    /// Of TCP, UDP and SCTP, where they are there (a fragment may have none).
     pub ports: Option<[u16; 2]>,
     /// Of TCP.
     pub flags: Option<u8>,
+    /// Type of the first chunk of SCTP.
+    pub chunk: Option<u8>,
     /// Type and code of ICMP.
     pub icmp: Option<[u8; 2]>,
     /// Where its payload begins, in bytes from its first.
@@ -76,10 +98,11 @@ impl Ends {
                 _ => return None,
             };
         let there = |known: bool| (known && whole).then_some(payload);
-        let ports = there(matches!(protocol, TCP | UDP)).and_then(|at| Some([word(at)?, word(at + 2)?]));
+        let ports = there(matches!(protocol, TCP | UDP | SCTP)).and_then(|at| Some([word(at)?, word(at + 2)?]));
         let flags = there(protocol == TCP).and_then(|at| byte(at + 13));
+        let chunk = there(protocol == SCTP && len as usize > payload + 12).and_then(|at| byte(at + 12));
         let icmp = there(matches!(protocol, ICMP | ICMP6)).and_then(|at| Some([byte(at)?, byte(at + 1)?]));
-        Some(Ends { source, destination, protocol, ttl, len, ports, flags, icmp, payload })
+        Some(Ends { source, destination, protocol, ttl, len, ports, flags, chunk, icmp, payload })
     }
 
     /// The packet that an ICMP error quotes.
@@ -97,6 +120,7 @@ impl Ends {
             ICMP => "icmp".to_owned(),
             TCP => "tcp".to_owned(),
             UDP => "udp".to_owned(),
+            SCTP => "sctp".to_owned(),
             ICMP6 => "icmp6".to_owned(),
             other => format!("protocol {other}"),
         }
@@ -115,6 +139,12 @@ impl fmt::Display for Ends {
             let names: Vec<&str> =
                 (0..).zip(TCP_FLAGS).filter(|(bit, _)| flags >> bit & 1 != 0).map(|(_, name)| name).collect();
             write!(f, " {}", if names.is_empty() { "no flags".to_owned() } else { names.join(",") })?;
+        }
+        if let Some(kind) = self.chunk {
+            match SCTP_CHUNKS.get(usize::from(kind)) {
+                Some(name) => write!(f, " {name}")?,
+                None => write!(f, " chunk {kind}")?,
+            }
         }
         match self.icmp {
             Some([kind, code]) => write!(f, " type {kind} code {code}"),
@@ -140,6 +170,11 @@ pub fn frame(probe: &Probe, to: Mac) -> Option<Vec<u8>> {
         // Sequence numbers, a header of five words, a window.
         ProbeProto::Tcp => (TCP, [&ports[..], &[0; 8], &[5 << 4, probe.flags, 0xff, 0xff, 0, 0, 0, 0]].concat(), 16),
         ProbeProto::Udp => (UDP, [&ports[..], &[0, 8, 0, 0]].concat(), 6),
+        // An INIT: a tag, a window, one stream each way, a first number.
+        ProbeProto::Sctp => {
+            let init = [1, 0, 0, 20, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1];
+            (SCTP, [&ports[..], &[0; 8], &init].concat(), 8)
+        }
         ProbeProto::Icmp if v6 => (ICMP6, vec![128, 0, 0, 0, 0, 1, 0, 1], 2),
         ProbeProto::Icmp => (ICMP, vec![8, 0, 0, 0, 0, 1, 0, 1], 2),
     };
@@ -165,8 +200,21 @@ pub fn frame(probe: &Probe, to: Mac) -> Option<Vec<u8>> {
     let sum = if protocol == ICMP { checksum(&[&transport]) } else { checksum(&[&pseudo, &transport]) };
     // In UDP 0 says that there is none.
     let sum = if protocol == UDP && sum == [0, 0] { [0xff, 0xff] } else { sum };
-    transport[sum_at..sum_at + 2].copy_from_slice(&sum);
+    if protocol == SCTP {
+        let crc = crc32c(&transport);
+        transport[sum_at..sum_at + 4].copy_from_slice(&crc);
+    } else {
+        transport[sum_at..sum_at + 2].copy_from_slice(&sum);
+    }
     Some([&to.0[..], &FROM, &ethertype.to_be_bytes(), &ip, &transport].concat())
+}
+
+/// SCTP's checksum (RFC 9260 appendix A), as it lies in the packet.
+fn crc32c(bytes: &[u8]) -> [u8; 4] {
+    let crc = bytes.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| crc >> 1 ^ if crc & 1 != 0 { 0x82f6_3b78 } else { 0 })
+    });
+    (!crc).to_le_bytes()
 }
 
 /// Of parts of even length (RFC 1071).
@@ -200,6 +248,10 @@ mod tests {
         let udp = frame(&probe(ProbeProto::Udp, "[2001:db8::7]:40000", "[2001:db8::8]:53", 0), OURS).unwrap();
         let shown = Headers::read(&udp).unwrap().packet.unwrap().to_string();
         assert_eq!(shown, "[2001:db8::7]:40000 > [2001:db8::8]:53 udp");
+        let sctp = frame(&probe(ProbeProto::Sctp, "192.0.2.7:40000", "198.51.100.100:9", 0), OURS).unwrap();
+        let shown = Headers::read(&sctp).unwrap().packet.unwrap().to_string();
+        assert_eq!(shown, "192.0.2.7:40000 > 198.51.100.100:9 sctp init");
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283u32.to_le_bytes());
         let icmp = frame(&probe(ProbeProto::Icmp, "192.0.2.7:0", "198.51.100.100:0", 0), OURS).unwrap();
         let shown = Headers::read(&icmp).unwrap().packet.unwrap().to_string();
         assert_eq!(shown, "192.0.2.7 > 198.51.100.100 icmp type 8 code 0");
@@ -220,11 +272,11 @@ mod tests {
     proptest! {
         /// The receiver's view: a header or packet with its checksum sums up to nothing.
         #[test]
-        fn checksums_are_right(v6: bool, kind in 0..3, a: [u8; 16], b: [u8; 16], ports: [u16; 2], flags: u8) {
+        fn checksums_are_right(v6: bool, kind in 0..4, a: [u8; 16], b: [u8; 16], ports: [u16; 2], flags: u8) {
             let ip = |x: [u8; 16]| {
                 if v6 { IpAddr::from(x) } else { IpAddr::from([x[0], x[1], x[2], x[3]]) }
             };
-            let proto = [ProbeProto::Tcp, ProbeProto::Udp, ProbeProto::Icmp][kind as usize];
+            let proto = [ProbeProto::Tcp, ProbeProto::Udp, ProbeProto::Icmp, ProbeProto::Sctp][kind as usize];
             let probe = Probe { proto, from: (ip(a), ports[0]), to: (ip(b), ports[1]), flags, interface: None };
             let bytes = frame(&probe, OURS).unwrap();
             let (l3, header) = (&bytes[14..], if v6 { 40 } else { 20 });
@@ -232,7 +284,12 @@ mod tests {
             let ends = Headers::read(&bytes).unwrap().packet.unwrap();
             let pseudo = [addresses, &[0, ends.protocol], &(transport.len() as u16).to_be_bytes()].concat();
             let pseudo = if ends.protocol == ICMP { Vec::new() } else { pseudo };
-            prop_assert_eq!(checksum(&[&pseudo, transport]), [0, 0]);
+            if kind == 3 {
+                let zeroed = [&transport[..8], &[0; 4], &transport[12..]].concat();
+                prop_assert_eq!(&crc32c(&zeroed)[..], &transport[8..12]);
+            } else {
+                prop_assert_eq!(checksum(&[&pseudo, transport]), [0, 0]);
+            }
             prop_assert!(v6 || checksum(&[&l3[..20]]) == [0, 0]);
             prop_assert_eq!(ends.len as usize, l3.len());
             prop_assert_eq!(ends.ports, (kind != 2).then_some(ports));

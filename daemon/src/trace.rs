@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::time::{ClockId, clock_gettime};
 use rvs_control::api::{Code, Frame, Refusal, Response, ResponseBody, TracedRow};
 use rvs_control::filter::{Filter, Seen};
-use rvs_control::headers::{Ends, Headers, TCP, UDP};
+use rvs_control::headers::{Ends, Headers, SCTP, TCP, UDP};
 use rvs_control::limits;
 use rvs_datapath::abi::{Trace, Traced};
 use rvs_datapath::ct::{V4, V6};
@@ -182,6 +182,7 @@ fn whose(d: &Director, ends: &Ends, reason: Reason, bytes: &[u8]) -> Option<(Bel
     let proto = match protocol {
         TCP => conn::TCP,
         UDP => conn::UDP,
+        SCTP => conn::SCTP,
         _ => return None,
     };
     let maps = &d.dataplane.maps;

@@ -134,6 +134,7 @@ fn service_of(d: &Director, probe: &Probe) -> Option<ServiceId> {
     let proto = match probe.proto {
         ProbeProto::Tcp => Proto::Tcp,
         ProbeProto::Udp => Proto::Udp,
+        ProbeProto::Sctp => Proto::Sctp,
         ProbeProto::Icmp => return None,
     };
     let id = ServiceId::Virtual { proto, addr: probe.to.0, port: probe.to.1 };

@@ -26,7 +26,7 @@ use crate::fullnat;
 use crate::icmp::{Answer, Error};
 use crate::limits;
 use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
-use crate::proto::tcp::{self, Way};
+use crate::proto::{Way, sctp, tcp};
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
@@ -278,7 +278,12 @@ fn begin<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
 /// Is this entry's flow over, so that the packet begins another one?
 #[inline(always)]
 fn starts_anew<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, control: u64) -> bool {
-    let reused = flow.flags & tcp::SYN != 0 && tcp::reusable(ct::state(control));
+    let state = ct::state(control);
+    let reused = if flow.sctp {
+        flow.flags == sctp::INIT && state == sctp::CLOSED
+    } else {
+        flow.flags & tcp::SYN != 0 && tcp::reusable(state)
+    };
     reused || conn::expired(c.policy(), control, c.now_s())
 }
 
@@ -306,8 +311,8 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
     hit: &HitOf<'_, I, I::Conns>,
 ) -> Verdict {
     let way = way(hit.control & ct::LINKED != 0);
-    let next = step(flow, ct::state(hit.control), way);
-    let current = conn::is_current::<I, _>(c, hit.control, flow.proto(), next, true);
+    let next = step::<I, P>(flow, ct::state(hit.control), way);
+    let current = conn::is_current::<I, _>(c, hit.control, flow.proto_by::<P>(), next, true);
     if !current && starts_anew(c, flow, hit.control) {
         cold_path();
         return Verdict::go(Stage::Retire, 0);
@@ -322,7 +327,7 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
     }
     if !current {
         cold_path();
-        let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step(flow, state, way));
+        let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step::<I, P>(flow, state, way));
     }
     match t.hop(hop) {
         // (A real server that is this host has none.)
@@ -350,7 +355,7 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
 fn rewrite<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool, hop: &Hop) -> Verdict {
     let (done, reason) = if masq {
         let (address, port) = server(flow, d);
-        (xmit::translate::<I, P>(p, flow.tcp, End::Destination, address, port, true), Reason::Masq)
+        (xmit::translate::<I, P>(p, flow, End::Destination, address, port, true), Reason::Masq)
     } else {
         (xmit::count_down::<I, P>(p), Reason::Route)
     };
@@ -369,9 +374,16 @@ fn way(linked: bool) -> Way {
     if linked { Way::Input } else { Way::InputOnly }
 }
 
+/// The state after this packet, which shows as a `P`.
 #[inline(always)]
-fn step<I: Ip>(flow: &Flow<I>, state: u64, way: Way) -> u64 {
-    if flow.tcp { tcp::next(state, flow.flags, way) } else { 0 }
+fn step<I: Ip, P: Packet>(flow: &Flow<I>, state: u64, way: Way) -> u64 {
+    if P::SCTP && flow.sctp {
+        sctp::next(state, flow.flags, way)
+    } else if flow.tcp {
+        tcp::next(state, flow.flags, way)
+    } else {
+        0
+    }
 }
 
 /// A packet of no known flow: enter it, if it is for a virtual service and may open one. It then is the first packet of that flow.
@@ -388,9 +400,9 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     if s.flags & (service::LOCAL | service::NONLOCAL) == 0 {
         return pass(Reason::NotLocal);
     }
-    // tcp_conn_schedule: a RST never, anything else only with SYN.
-    if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN {
-        let proves = s.asks() && flow.flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK;
+    // tcp_conn_schedule: a RST never, anything else only with SYN; sctp_conn_schedule: INIT.
+    if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN || flow.sctp && flow.flags != sctp::INIT {
+        let proves = flow.tcp && s.asks() && flow.flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK;
         return if proves { Verdict::go(Stage::Knock, cookie::PROVE) } else { pass(Reason::NoConnection) };
     }
     if I::martian(flow.source()) || flow.source() == flow.destination() {
@@ -414,7 +426,13 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     let lent = d.lends();
     let linked = is_nat(d) || lent;
     // In the state that this packet, its first, puts it in.
-    let state = step(flow, tcp::NONE, way(linked));
+    let state = if flow.sctp {
+        sctp::INIT1
+    } else if flow.tcp {
+        tcp::next(tcp::NONE, flow.flags, way(linked))
+    } else {
+        0
+    };
     let done = conn::open_forward::<I, _>(I::conns(t), &flow.key, dest, state, linked);
     if done.is_new() {
         if linked {
@@ -548,9 +566,10 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
         return drop(Reason::NoRoute);
     }
     let mut by = *by;
-    if !t.sized() || reason != Reason::Tunnel || I::FAMILY == 6 && flow.by != 0 || !flow.part.is_whole() {
-        // Whoever cuts it into segments would not make an outer checksum of each; and nothing makes up for the sum of extension headers, or of
-        // a part of a datagram.
+    let unsummed = I::FAMILY == 6 && flow.by != 0 || !flow.part.is_whole() || flow.sctp;
+    if !t.sized() || reason != Reason::Tunnel || unsummed {
+        // Whoever cuts it into segments would not make an outer checksum of each; and nothing makes up for the sum of extension headers, of a
+        // part of a datagram, or of SCTP, whose checksum is no sum.
         by.flags = 0;
     }
     let overhead = tunnel::overhead::<O>(&by);
@@ -609,7 +628,7 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
     if flow.ttl <= 1 {
         return pass(Reason::ReplyTtl);
     }
-    let control = replied(t, c, flow, reply);
+    let control = replied::<I, P, T>(t, c, flow, reply);
     // The way to the client is looked up once a second for a busy flow, and then remembered by the reverse entry.
     let number = conn::hop(reverse.control);
     let known = t.reply_hop(number).copied().unwrap_or_default();
@@ -626,7 +645,7 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
     conn::remember::<I, _, _>(c, &flow.key, reverse, control, keep);
     let resolve = route == Route::NoNeighbour && t.resolves();
     let ready = route == Route::Hop || resolve;
-    if !xmit::translate::<I, P>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, ready) {
+    if !xmit::translate::<I, P>(p, flow, End::Source, reply.virtual_address, reply.virtual_port, ready) {
         return drop(Reason::Internal);
     }
     xmit::leave(p, route, resolve, &hop, Reason::MasqReply)
@@ -634,17 +653,18 @@ fn answer_client<I: Of<T>, P: Packet, T: Tables>(
 
 /// State, age and counters for a reply. The forward entry's control word as it is now.
 #[inline(always)]
-pub fn replied<I: Of<T>, T: Tables>(
+pub fn replied<I: Of<T>, P: Packet, T: Tables>(
     t: &T,
     c: &I::Conns,
     flow: &Flow<I>,
     reply: &conn::ReplyOf<'_, I, I::Conns>,
 ) -> u64 {
     let mut control = reply.forward.control;
-    let next = step(flow, ct::state(control), Way::Output);
-    if !conn::is_current::<I, _>(c, control, flow.proto(), next, false) {
+    let next = step::<I, P>(flow, ct::state(control), Way::Output);
+    if !conn::is_current::<I, _>(c, control, flow.proto_by::<P>(), next, false) {
         let words = I::words(reply.client, reply.virtual_address);
-        let done = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step(flow, state, Way::Output));
+        let done =
+            conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step::<I, P>(flow, state, Way::Output));
         control = done.unwrap_or(control);
     }
     t.count_out(conn::dest(control), flow.len);
@@ -674,13 +694,14 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     }
     let reply = conn::follow::<I, _>(c, &flow.key, &reverse)?;
     if flow.part.is_first()
-        && !fragments::note(t, &flow, conn::dest(reply.forward.control), Some(reply.virtual_address))
+        && let from = (reply.virtual_address, reply.virtual_port)
+        && let Some(reason) = fragments::note(t, &flow, conn::dest(reply.forward.control), Some(from))
     {
-        return Some(drop(Reason::FragmentConflict));
+        return Some(drop(reason));
     }
-    let control = replied(t, c, &flow, &reply);
+    let control = replied::<I, Far<I, P>, T>(t, c, &flow, &reply);
     conn::remember::<I, _, _>(c, &flow.key, &reverse, control, conn::hop(reverse.control));
-    if !xmit::translate::<I, _>(p, flow.tcp, End::Source, reply.virtual_address, reply.virtual_port, false) {
+    if !xmit::translate::<I, _>(p, &flow, End::Source, reply.virtual_address, reply.virtual_port, false) {
         return Some(drop(Reason::Internal));
     }
     Some(Verdict::new(Action::Up, Reason::MasqReply))

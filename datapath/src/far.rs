@@ -266,6 +266,7 @@ impl<I: Ip, P: Frame> Packet for Far<'_, I, P> {
         = Seam<P::W<'a>, I>
     where
         Self: 'a;
+    const SCTP: bool = true;
     #[inline(always)]
     fn window(&mut self, len: usize) -> Option<Self::W<'_>> {
         let (near, far) = match self.by {
@@ -296,6 +297,18 @@ impl<I: Ip, P: Frame> Packet for Far<'_, I, P> {
     #[inline(always)]
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool {
         self.p.fix_far(at, self.by.unwrap_or(0), udp, addresses, ports)
+    }
+    #[inline(always)]
+    fn fix_crc<F: Ip>(&mut self, by: usize, len: u32, ports: [u32; 2], addresses: Delta) -> bool {
+        self.p.fix_crc::<F>(by + self.by.unwrap_or(0), len, ports, addresses)
+    }
+    #[inline(always)]
+    fn sctp_event(&mut self, at: usize, len: usize) -> u8 {
+        self.p.sctp_event(at + self.by.unwrap_or(0), len)
+    }
+    #[inline(always)]
+    fn word_at(&mut self, at: usize) -> Option<[u8; 4]> {
+        self.p.word_at(at)
     }
     #[inline(always)]
     fn changed_address<F: Ip>(&mut self, delta: Delta) {

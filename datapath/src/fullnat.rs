@@ -133,7 +133,7 @@ pub fn request<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
     }
     let acknowledged = if flow.flags & tcp::ACK != 0 { side.back().wrapping_neg() } else { 0 };
     let ends = Ends { source: (side.address, side.port()), destination, sequence: side.delta, acknowledged };
-    if !xmit::readdress::<I, P>(p, flow.tcp, &ends, true) {
+    if !xmit::readdress::<I, P>(p, flow, &ends, true) {
         return drop(Reason::Internal);
     }
     let reason = match number & BARE {
@@ -289,7 +289,7 @@ pub fn reply<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, n
         virtual_port: ct::dport(entry.control),
         forward,
     };
-    let control = replied(t, c, flow, &reply);
+    let control = replied::<I, P, T>(t, c, flow, &reply);
     // The way to the client is looked up once a second for a busy flow, and then remembered by the reverse entry.
     let same_second = (control ^ reply.forward.control) & !ct::STATE == 0;
     let hop = if same_second { conn::hop(reverse.control) } else { 0 };
@@ -334,7 +334,7 @@ pub fn send<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, nu
         sequence,
         acknowledged: if flow.flags & tcp::ACK != 0 { side.delta.wrapping_neg() } else { 0 },
     };
-    if !xmit::readdress::<I, P>(p, flow.tcp, &ends, route == Route::Hop || resolve) {
+    if !xmit::readdress::<I, P>(p, flow, &ends, route == Route::Hop || resolve) {
         return drop(Reason::Internal);
     }
     let own = t.dest(conn::dest(entry.control)).is_some_and(Dest::lends_own);

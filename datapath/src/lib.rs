@@ -9,6 +9,7 @@ pub mod abi;
 pub mod conn;
 pub mod cookie;
 pub mod core;
+pub mod crc;
 pub mod csum;
 pub mod ct;
 pub mod far;

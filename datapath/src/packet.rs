@@ -10,6 +10,7 @@ use crate::ct::{Key, V4, V6};
 use crate::far::{Extras, Far, Place, Walk, Walked};
 use crate::frag::Part;
 use crate::options::{Edit, Offer};
+use crate::proto::sctp;
 use crate::verdict::{Reason, Stage, Verdict, drop, pass};
 
 /// A packet in memory, at its Ethernet header.
@@ -17,6 +18,8 @@ pub trait Packet {
     type W<'a>: Window
     where
         Self: 'a;
+    /// May it be SCTP? On the hot path it is known when that is compiled that it is not: SCTP goes by [`crate::far`].
+    const SCTP: bool = false;
     /// The first `len` bytes; `None` if the packet is shorter. `len` is a constant wherever this is called.
     fn window(&mut self, len: usize) -> Option<Self::W<'_>>;
     /// The same at offsets from `by` bytes further on (fewer than 2048): those of headers behind extra ones. Of a packet that hides extra
@@ -31,6 +34,13 @@ pub trait Packet {
     /// The checksum of a TCP, UDP or ICMP header at `at`, after a change of the pseudo-header (`addresses`) and of the transport header (`ports`).
     /// A method, since the kernel keeps unfinished checksums that only it can change. False: the packet is too short.
     fn fix_transport(&mut self, at: usize, udp: bool, addresses: Delta, ports: Delta) -> bool;
+    /// The same of an SCTP packet, `by` bytes further on than plain headers reach and `len` bytes long, whose ports were `ports[0]` and now are
+    /// `ports[1]`, as they lie in it. A pseudo-header is no part of that checksum, but for the kernel's sum over the packet `addresses` counts.
+    fn fix_crc<I: Ip>(&mut self, by: usize, len: u32, ports: [u32; 2], addresses: Delta) -> bool;
+    /// [`sctp::event`] of the SCTP packet of `len` bytes at `at`.
+    fn sctp_event(&mut self, at: usize, len: usize) -> u8;
+    /// Four bytes anywhere in the packet.
+    fn word_at(&mut self, at: usize) -> Option<[u8; 4]>;
     /// An address has changed that no transport checksum in this packet makes up for. A method, since the kernel may have summed it up.
     #[inline(always)]
     fn changed_address<I: Ip>(&mut self, _delta: Delta) {}
@@ -98,6 +108,7 @@ pub const ETHERTYPE: usize = 12;
 pub const IP_TCP: u8 = 6;
 pub const IP_UDP: u8 = 17;
 pub const IP_GRE: u8 = 47;
+pub const IP_SCTP: u8 = 132;
 pub const IP_ICMP: u8 = 1;
 pub const IP_ICMP6: u8 = 58;
 
@@ -443,11 +454,13 @@ impl Ip for V6 {
     }
 }
 
-/// What the pipeline needs to know of a TCP or UDP packet.
+/// What the pipeline needs to know of a TCP, UDP or SCTP packet.
 pub struct Flow<I: Ip> {
     pub key: Key<I::Words>,
     pub tcp: bool,
-    /// TCP flags byte; 0 for UDP.
+    /// Neither: UDP.
+    pub sctp: bool,
+    /// TCP flags byte; event of SCTP ([`sctp::event`]); 0 for UDP.
     pub flags: u8,
     pub ttl: u8,
     /// Bytes of extra headers before the transport header.
@@ -471,12 +484,40 @@ impl<I: Ip> Flow<I> {
     }
     #[inline(always)]
     pub fn protocol(&self) -> u8 {
-        if self.tcp { IP_TCP } else { IP_UDP }
+        if self.sctp {
+            IP_SCTP
+        } else if self.tcp {
+            IP_TCP
+        } else {
+            IP_UDP
+        }
     }
     /// As in [`crate::ct::proto`].
     #[inline(always)]
     pub fn proto(&self) -> u64 {
-        if self.tcp { conn::TCP } else { conn::UDP }
+        number(self.tcp, self.sctp)
+    }
+    /// The same where its packet shows as a `P`.
+    #[inline(always)]
+    pub fn proto_by<P: Packet>(&self) -> u64 {
+        number(self.tcp, P::SCTP && self.sctp)
+    }
+    /// Length of the transport header and all behind it.
+    #[inline(always)]
+    pub fn transport_len(&self) -> u32 {
+        self.len.wrapping_sub(I::HEADER as u32 + u32::from(self.by))
+    }
+}
+
+/// See [`Flow::proto`].
+#[inline(always)]
+fn number(tcp: bool, sctp: bool) -> u64 {
+    if sctp {
+        conn::SCTP
+    } else if tcp {
+        conn::TCP
+    } else {
+        conn::UDP
     }
 }
 
@@ -512,9 +553,11 @@ pub fn parse_far<'p, I: Extras, P: Frame>(p: &'p mut P) -> Result<(Far<'p, I, P>
 #[inline(always)]
 fn transport<I: Ip, P: Packet>(p: &mut P, place: &Place) -> Result<Flow<I>, Verdict> {
     let Place { protocol, by, len, part } = *place;
+    let sctp = P::SCTP && protocol == IP_SCTP;
     let (tcp, header) = match protocol {
         IP_TCP => (true, 20),
         IP_UDP => (false, 8),
+        IP_SCTP if P::SCTP => (false, sctp::HEADER),
         IP_ICMP | IP_ICMP6 if part.is_whole() => return Err(Verdict::go(Stage::Related, 0)),
         IP_ICMP | IP_ICMP6 => return Err(pass(Reason::Fragment)),
         _ => return Err(pass(Reason::OtherProtocol)),
@@ -534,11 +577,15 @@ fn transport<I: Ip, P: Packet>(p: &mut P, place: &Place) -> Result<Flow<I>, Verd
             return Err(short);
         }
         (w.r32(I::L4), w.r8(I::L4 + 13))
+    } else if sctp {
+        let event = p.sctp_event(I::L4, plain as usize - I::HEADER);
+        let Some(w) = p.window(I::L4 + sctp::HEADER) else { return Err(short) };
+        (w.r32(I::L4), event)
     } else {
         let Some(w) = p.window(I::L4 + 8) else { return Err(short) };
         (w.r32(I::L4), 0)
     };
     let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
-    let key = Key::of(I::addresses(&w), u32::from_be(ports), if tcp { conn::TCP } else { conn::UDP });
-    Ok(Flow { key, tcp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len, cookie: 0 })
+    let key = Key::of(I::addresses(&w), u32::from_be(ports), number(tcp, sctp));
+    Ok(Flow { key, tcp, sctp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len, cookie: 0 })
 }

@@ -10,7 +10,7 @@ use crate::conn;
 use crate::csum::{self, Delta};
 use crate::ct::Key;
 use crate::far::Extras;
-use crate::packet::{IP_TCP, IP_UDP, Ip, L3, Packet, Window};
+use crate::packet::{IP_SCTP, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 use crate::xmit::End;
 
 /// An error, and the packet that would go the other way than the one it quotes: the direction in which the error goes.
@@ -51,6 +51,8 @@ pub fn look<I: Extras, P: Packet>(p: &mut P, by: usize) -> Option<Related<I>> {
     let proto = match protocol {
         IP_TCP => conn::TCP,
         IP_UDP => conn::UDP,
+        // Its checksum is among what is quoted only by accident, and nobody looks at it.
+        IP_SCTP => conn::SCTP,
         _ => return None,
     };
     let ports = u32::from_be(p.beyond(quoted_by, quote::<I>() + I::HEADER + 8)?.r32(quote::<I>() + I::HEADER));

@@ -3,7 +3,7 @@
 
 use crate::abi::Trace;
 use crate::ct::{V4, V6};
-use crate::packet::{ETHERTYPE, IP_TCP, IP_UDP, Ip, L3};
+use crate::packet::{ETHERTYPE, IP_SCTP, IP_TCP, IP_UDP, Ip, L3};
 use crate::verdict::Verdict;
 
 /// The first bytes of a frame, as many as there are, and zeros behind them.
@@ -33,7 +33,7 @@ fn of<I: Ip, const ADDRESS: usize>(f: &Trace, head: &Head) -> bool {
     // Where the protocol is not that of a header right behind, ports are elsewhere.
     let (protocol, plain) = match I::FAMILY {
         4 => (head[L3 + 9], head[L3] & 0xf == 5),
-        _ => (head[L3 + 6], matches!(head[L3 + 6], IP_TCP | IP_UDP)),
+        _ => (head[L3 + 6], matches!(head[L3 + 6], IP_TCP | IP_UDP | IP_SCTP)),
     };
     if f.protocol != 0 && f.protocol != protocol && (plain || I::FAMILY == 4) {
         return false;

@@ -16,15 +16,22 @@ pub enum End {
 /// Put an address and a port (host order) in the place of those of one end. `forward`: count the TTL down as well (not if the
 /// kernel's own forwarding comes after us).
 #[inline(always)]
-pub fn translate<I: Ip, P: Packet>(p: &mut P, tcp: bool, end: End, address: I::Addr, port: u16, forward: bool) -> bool {
+pub fn translate<I: Ip, P: Packet>(
+    p: &mut P,
+    flow: &Flow<I>,
+    end: End,
+    address: I::Addr,
+    port: u16,
+    forward: bool,
+) -> bool {
     let (at, port_at) = match end {
         End::Source => (I::SOURCE, I::L4),
         End::Destination => (I::DESTINATION, I::L4 + 2),
     };
     let port = port.to_be();
-    let (addresses, ports) = {
+    let (addresses, delta, ports) = {
         let Some(mut w) = p.window(I::L4 + 8) else { return false };
-        let (old, old_port) = (I::address(&w, at), w.r16(port_at));
+        let (old, old_port, old_ports) = (I::address(&w, at), w.r16(port_at), w.r32(I::L4));
         I::set_address(&mut w, at, address);
         w.w16(port_at, port);
         let addresses = I::delta(old, address);
@@ -33,9 +40,19 @@ pub fn translate<I: Ip, P: Packet>(p: &mut P, tcp: bool, end: End, address: I::A
         } else {
             I::fix_header(&mut w, addresses);
         }
-        (addresses, Delta::default().replace16(old_port, port))
+        (addresses, Delta::default().replace16(old_port, port), [old_ports, w.r32(I::L4)])
     };
-    p.fix_transport(if tcp { I::L4 + 16 } else { I::L4 + 6 }, !tcp, addresses, ports)
+    fix(p, flow, addresses, delta, ports)
+}
+
+/// The transport checksum. `rest`: the change of the transport header; `ports`: both of them, before and after.
+#[inline(always)]
+fn fix<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, addresses: Delta, rest: Delta, ports: [u32; 2]) -> bool {
+    if P::SCTP && flow.sctp {
+        return p.fix_crc::<I>(0, flow.transport_len(), ports, addresses);
+    }
+    let tcp = flow.tcp;
+    p.fix_transport(if tcp { I::L4 + 16 } else { I::L4 + 6 }, !tcp, addresses, rest)
 }
 
 /// Both ends of a packet, and what is added to the TCP sequence numbers of its direction and of the other.
@@ -48,8 +65,8 @@ pub struct Ends<A> {
 
 /// Put addresses and ports in the place of those of both ends (FULLNAT). `forward` as in [`translate`].
 #[inline(always)]
-pub fn readdress<I: Ip, P: Packet>(p: &mut P, tcp: bool, ends: &Ends<I::Addr>, forward: bool) -> bool {
-    let (addresses, mut rest) = {
+pub fn readdress<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, ends: &Ends<I::Addr>, forward: bool) -> bool {
+    let (addresses, mut rest, ports) = {
         let Some(mut w) = p.window(I::L4 + 8) else { return false };
         let (from, to) = (I::address(&w, I::SOURCE), I::address(&w, I::DESTINATION));
         I::set_address(&mut w, I::SOURCE, ends.source.0);
@@ -62,9 +79,9 @@ pub fn readdress<I: Ip, P: Packet>(p: &mut P, tcp: bool, ends: &Ends<I::Addr>, f
         }
         let (old, new) = (w.r32(I::L4), (u32::from(ends.source.1) << 16 | u32::from(ends.destination.1)).to_be());
         w.w32(I::L4, new);
-        (moved, Delta::default().replace(old, new))
+        (moved, Delta::default().replace(old, new), [old, new])
     };
-    if tcp {
+    if flow.tcp {
         let Some(mut w) = p.window(I::L4 + 12) else { return false };
         let (sequence, acknowledged) = (w.r32(I::L4 + 4), w.r32(I::L4 + 8));
         let new = [
@@ -75,7 +92,7 @@ pub fn readdress<I: Ip, P: Packet>(p: &mut P, tcp: bool, ends: &Ends<I::Addr>, f
         w.w32(I::L4 + 8, new[1]);
         rest = rest.replace(sequence, new[0]).replace(acknowledged, new[1]);
     }
-    p.fix_transport(if tcp { I::L4 + 16 } else { I::L4 + 6 }, !tcp, addresses, rest)
+    fix(p, flow, addresses, rest, ports)
 }
 
 /// The same of any packet with a flow: a fragment that is not the first one has no ports and no checksum.
@@ -89,7 +106,7 @@ pub fn translate_any<I: Ip, P: Packet>(
     forward: bool,
 ) -> bool {
     if !flow.part.is_later() {
-        return translate::<I, P>(p, flow.tcp, end, address, port, forward);
+        return translate::<I, P>(p, flow, end, address, port, forward);
     }
     let at = if end == End::Source { I::SOURCE } else { I::DESTINATION };
     let delta = {

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use rvs_datapath::conn::{self, Opened, Timeouts, class};
 use rvs_datapath::ct::{self, Entry, Found, V4, V6};
 use rvs_datapath::mem::MemConns;
-use rvs_datapath::proto::tcp::{self, Way};
+use rvs_datapath::proto::{Way, tcp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 

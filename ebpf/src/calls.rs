@@ -36,7 +36,7 @@ pub struct Scratch<F: Family> {
 #[derive(Clone, Copy)]
 struct Kept<W> {
     key: Key<W>,
-    /// `len:32 | by / 4:8 | 0:7 | tcp:1 | flags:8 | ttl:8`
+    /// `len:32 | by / 4:8 | 0:6 | sctp:1 | tcp:1 | flags:8 | ttl:8`
     rest: u64,
     part: u64,
     cookie: u64,
@@ -59,7 +59,7 @@ fn scratch<I: Ip>() -> *mut Scratch<I> {
 /// For the further stages of this packet.
 #[inline(always)]
 pub fn keep<I: Ip>(flow: &Flow<I>) {
-    let head = (flow.by as u64 / 4) << 24 | (flow.tcp as u64) << 16;
+    let head = (flow.by as u64 / 4) << 24 | (flow.sctp as u64) << 17 | (flow.tcp as u64) << 16;
     let rest = (flow.len as u64) << 32 | head | (flow.flags as u64) << 8 | flow.ttl as u64;
     // SAFETY: this CPU's own memory, see above.
     unsafe {
@@ -73,6 +73,7 @@ pub fn kept<I: Ip>() -> Flow<I> {
     Flow {
         key,
         tcp: rest >> 16 & 1 != 0,
+        sctp: rest >> 17 & 1 != 0,
         flags: (rest >> 8) as u8,
         ttl: rest as u8,
         by: (rest >> 24 & 0xff) as u16 * 4,

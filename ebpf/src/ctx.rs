@@ -1,14 +1,16 @@
 //! Access to packet bytes.
 
 use aya_ebpf::bindings::xdp_md;
-use aya_ebpf::helpers::{bpf_loop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail};
+use aya_ebpf::helpers::{bpf_loop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_load_bytes};
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
+use rvs_datapath::crc;
 use rvs_datapath::csum::{self, Delta};
 use rvs_datapath::far::{self, Walk, Walked};
 use rvs_datapath::icmp::QUOTE_MAX;
 use rvs_datapath::options::{Edit, Editing, MOST, Offer};
 use rvs_datapath::packet::{Frame, Ip, Packet, Window};
+use rvs_datapath::proto::sctp;
 
 /// An XDP frame. The bounds are read once: checks that repeat cost nothing, and nothing that is written to the packet makes LLVM
 /// read them again. Whatever moves the packet reads them anew.
@@ -240,6 +242,25 @@ impl Packet for Xdp<'_> {
         true
     }
     #[inline(always)]
+    fn fix_crc<I: Ip>(&mut self, by: usize, len: u32, [old, new]: [u32; 2], _: Delta) -> bool {
+        let change = if old == new { 0 } else { crc_change(old ^ new, len) };
+        let Some(mut w) = self.beyond(by, I::L4 + sctp::HEADER) else { return false };
+        let crc = w.r32(I::L4 + sctp::CHECKSUM);
+        w.w32(I::L4 + sctp::CHECKSUM, crc ^ change);
+        true
+    }
+    #[inline(always)]
+    fn sctp_event(&mut self, at: usize, len: usize) -> u8 {
+        xdp_sctp_event(self.ctx.ctx, at as u32, len as u32) as u8
+    }
+    #[inline(always)]
+    fn word_at(&mut self, at: usize) -> Option<[u8; 4]> {
+        let mut word = [0; 4];
+        // SAFETY: the context of this program, and as many bytes as there is room for.
+        let failed = unsafe { bpf_xdp_load_bytes(self.ctx.ctx, at as u32, word.as_mut_ptr().cast(), 4) };
+        (failed == 0).then_some(word)
+    }
+    #[inline(always)]
     fn sum_from(&self, from: usize, most: usize) -> u64 {
         sum(self.at + from, self.end, most)
     }
@@ -268,4 +289,22 @@ impl Packet for Xdp<'_> {
 pub extern "C" fn xdp_walk(ctx: *mut xdp_md, at: u32, first: u32, len: u32) -> u64 {
     let ctx = XdpContext::new(ctx);
     far::walk(&mut Xdp::by(&ctx, 0), Walk { at: at as usize, first: first as u8, len: len as usize }).word()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn xdp_sctp_event(ctx: *mut xdp_md, at: u32, len: u32) -> u32 {
+    let ctx = XdpContext::new(ctx);
+    sctp::event(&mut Xdp::by(&ctx, 0), at as usize, len as usize) as u32
+}
+
+/// [`crc::change`], verified once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn crc_change(changed: u32, len: u32) -> u32 {
+    crc::change(changed, len, |mut x| {
+        // SAFETY: a shift.
+        unsafe { core::arch::asm!("{0} s>>= 63", inout(reg) x, options(pure, nomem, nostack)) };
+        x
+    })
 }

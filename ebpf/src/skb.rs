@@ -9,7 +9,7 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::{
     bpf_csum_diff, bpf_csum_update, bpf_l4_csum_replace, bpf_loop, bpf_skb_adjust_room, bpf_skb_change_head,
-    bpf_skb_change_tail, bpf_skb_pull_data,
+    bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes,
 };
 use core::ffi::c_void;
 use rvs_datapath::csum::Delta;
@@ -17,8 +17,9 @@ use rvs_datapath::ct::V6;
 use rvs_datapath::far::{self, Extras, MOST, Walk, Walked};
 use rvs_datapath::options::{self, Edit, Editing, Offer};
 use rvs_datapath::packet::{Frame, IP_GRE, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
+use rvs_datapath::proto::sctp;
 
-use crate::ctx::{Bytes, beyond, blur, forget, sum};
+use crate::ctx::{Bytes, beyond, blur, crc_change, forget, sum};
 use crate::gap;
 
 /// Headers that the pipeline may look at: IPv6 and TCP.
@@ -58,7 +59,8 @@ impl Skb {
         self.reach(2 * (V6::L4 + MOST) + 8);
     }
     /// Find out whether the transport checksum is unfinished, for [`Packet::sum_from`]: such a field takes no notice of a change of
-    /// what is not in the pseudo-header.
+    /// what is not in the pseudo-header. (An unfinished one of SCTP, which is 0, stays so on the way back to where it came from: that device
+    /// takes it so.)
     #[inline(always)]
     pub fn look_at_checksum<I: Extras>(&mut self) {
         let Ok(place) = I::find(self) else { return };
@@ -199,6 +201,25 @@ impl Packet for Skb {
         self.fix(at, 0, udp, addresses, ports)
     }
     #[inline(always)]
+    fn fix_crc<I: Ip>(&mut self, by: usize, len: u32, [old, new]: [u32; 2], addresses: Delta) -> bool {
+        self.changed_address::<I>(addresses);
+        if old == new {
+            return true;
+        }
+        self.tell_sum(Delta::default().replace(old, new).fold() as u32);
+        let done = tc_fix_crc(self.skb, (I::L4 + sctp::CHECKSUM + by) as u32, old ^ new, len) != 0;
+        self.reread();
+        done
+    }
+    #[inline(always)]
+    fn sctp_event(&mut self, at: usize, len: usize) -> u8 {
+        tc_sctp_event(self.skb, at as u32, len as u32) as u8
+    }
+    #[inline(always)]
+    fn word_at(&mut self, at: usize) -> Option<[u8; 4]> {
+        load(self.skb, at as u32).map(u32::to_ne_bytes)
+    }
+    #[inline(always)]
     fn changed_address<I: Ip>(&mut self, delta: Delta) {
         // IPv4's header makes up for it.
         if I::FAMILY == 6 {
@@ -264,4 +285,37 @@ impl Packet for Skb {
 #[inline(never)]
 pub extern "C" fn tc_walk(skb: *mut __sk_buff, at: u32, first: u32, len: u32) -> u64 {
     far::walk(&mut Skb::new(skb), Walk { at: at as usize, first: first as u8, len: len as usize }).word()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn tc_sctp_event(skb: *mut __sk_buff, at: u32, len: u32) -> u32 {
+    sctp::event(&mut Skb::new(skb), at as usize, len as usize) as u32
+}
+
+#[inline(always)]
+fn load(skb: *mut __sk_buff, at: u32) -> Option<u32> {
+    let mut word = 0u32;
+    // SAFETY: the context of this program, and as many bytes as there is room for.
+    let failed = unsafe { bpf_skb_load_bytes(skb.cast(), at, (&raw mut word).cast(), 4) };
+    (failed == 0).then_some(word)
+}
+
+/// The CRC at `at`, of a packet of `len` bytes whose first word has changed. An unfinished one (CHECKSUM_PARTIAL) is 0, to be made of the packet as
+/// it leaves, and must stay so: it is told by its taking no notice of a change. 0: the packet is too short.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn tc_fix_crc(skb: *mut __sk_buff, at: u32, changed: u32, len: u32) -> u32 {
+    let Some(old) = load(skb, at) else { return 0 };
+    // SAFETY: the context of this program.
+    unsafe { bpf_l4_csum_replace(skb, at, 0, 1, 0) };
+    if load(skb, at) == Some(old) {
+        return 1;
+    }
+    let new = old ^ crc_change(changed, len);
+    // SAFETY: as above, and four bytes of our own.
+    unsafe {
+        bpf_csum_update(skb, Delta::default().replace(old, new).fold() as u32);
+        (bpf_skb_store_bytes(skb, at, (&raw const new).cast(), 4, 0) == 0) as u32
+    }
 }

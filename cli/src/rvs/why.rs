@@ -40,6 +40,8 @@ pub struct Args {
 enum Protocol {
     Tcp,
     Udp,
+    /// An INIT
+    Sctp,
     /// An echo request
     Icmp,
 }
@@ -60,10 +62,11 @@ impl Args {
         let proto = match self.proto {
             Protocol::Tcp => ProbeProto::Tcp,
             Protocol::Udp => ProbeProto::Udp,
+            Protocol::Sctp => ProbeProto::Sctp,
             Protocol::Icmp => ProbeProto::Icmp,
         };
         if proto != ProbeProto::Icmp && (self.from.1 == 0 || self.to.1 == 0) {
-            return Err(Error::Usage("tcp and udp need ports: ADDRESS:PORT, [ADDRESS]:PORT".to_owned()));
+            return Err(Error::Usage("tcp, udp and sctp need ports: ADDRESS:PORT, [ADDRESS]:PORT".to_owned()));
         }
         if proto != ProbeProto::Tcp && !self.flags.is_empty() {
             return Err(Error::Usage("only tcp has flags".to_owned()));
@@ -214,6 +217,8 @@ mod tests {
         assert_eq!((probe.from.0.is_ipv6(), probe.interface.as_deref()), (true, Some("eth0")));
         assert!(args("icmp 192.0.2.7 198.51.100.100").probe().is_ok());
         assert!(matches!(args("tcp 192.0.2.7 198.51.100.100:80").probe(), Err(Error::Usage(_))));
+        let probe = args("sctp 192.0.2.7:1 198.51.100.100:9").probe().expect("a probe");
+        assert_eq!((probe.proto, probe.to.1), (ProbeProto::Sctp, 9));
         assert!(matches!(args("udp 192.0.2.7:1 198.51.100.100:80 --flags syn").probe(), Err(Error::Usage(_))));
     }
 

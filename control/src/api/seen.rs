@@ -40,6 +40,8 @@ impl<'de> Deserialize<'de> for Frame {
 pub enum ProbeProto {
     Tcp,
     Udp,
+    /// An INIT.
+    Sctp,
     /// An echo request; ports do not count.
     Icmp,
 }

@@ -33,6 +33,7 @@ fn it_says_what_it_says() {
         ("tcp", [true, false, false]),
         ("ip6", [false, true, false]),
         ("icmp or udp", [false, true, true]),
+        ("sctp or sctp port 80", [false, false, false]),
         ("host 192.0.2.7", [true, false, true]),
         ("src host 198.51.100.100", [false, false, false]),
         ("dst 198.51.100.100 and not port 80", [false, false, true]),

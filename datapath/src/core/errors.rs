@@ -127,6 +127,7 @@ fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Rela
     let flow: Flow<I> = Flow {
         key: error.key,
         tcp: true,
+        sctp: false,
         flags: 0,
         ttl: error.ttl,
         by: 0,

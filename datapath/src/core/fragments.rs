@@ -1,6 +1,6 @@
 //! The way of fragments: see [`crate::frag`].
 
-use super::{forward, starts_anew};
+use super::{forward, is_nat, server, starts_anew};
 use crate::abi::Hop;
 use crate::conn::{self, Conns};
 use crate::ct::{self, Found};
@@ -20,31 +20,60 @@ pub(super) fn datagram<I: Ip>(flow: &Flow<I>) -> frag::Key {
 #[inline(always)]
 pub(super) fn first_fragment<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     let c = I::conns(t);
-    let noted = match ct::lookup::<I, _>(c.table(), &flow.key) {
+    let refused = match ct::lookup::<I, _>(c.table(), &flow.key) {
         // By full NAT: what follows is not translated yet, and is told apart by its note.
         Found::Live(hit) if conn::fullnat::is_lent::<I, _>(c, hit.control) && hit.control & ct::REVERSE != 0 => {
             match conn::fullnat::follow::<I, _>(c, &flow.key, &hit) {
                 Some((reply, _)) => note(t, flow, conn::dest(reply.forward.control), None),
-                None => true,
+                None => None,
             }
         }
         Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &flow.key, &hit) {
-            Some(reply) => note(t, flow, conn::dest(reply.forward.control), Some(reply.virtual_address)),
-            None => true,
+            Some(reply) => {
+                let from = (reply.virtual_address, reply.virtual_port);
+                note(t, flow, conn::dest(reply.forward.control), Some(from))
+            }
+            None => None,
         },
         // What is over begins anew, perhaps with another dest.
-        Found::Live(hit) => starts_anew(c, flow, hit.control) || note(t, flow, conn::dest(hit.control), None),
-        _ => true,
+        Found::Live(hit) if starts_anew(c, flow, hit.control) => None,
+        Found::Live(hit) => note(t, flow, conn::dest(hit.control), None),
+        _ => None,
     };
-    if noted { Verdict::go(Stage::Far, 1) } else { drop(Reason::FragmentConflict) }
+    match refused {
+        None => Verdict::go(Stage::Far, 1),
+        Some(reason) => drop(reason),
+    }
 }
 
-/// A first fragment leaves word for those after it. False: they could not be told from another datagram's.
+/// A first fragment leaves word for those after it; of a reply (NAT) by the virtual address and port that it is from. `Some`: why the datagram goes
+/// nowhere.
 #[inline(always)]
-pub(super) fn note<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32, reply_from: Option<I::Addr>) -> bool {
-    let end = (flow.len - u32::from(flow.by) - I::HEADER as u32) / 8;
-    let note = Note { dest, reply: reply_from.is_some(), virtual_address: I::pair(reply_from), end: end as u16 };
-    t.leave_note(&datagram(flow), &note)
+pub(super) fn note<I: Of<T>, T: Tables>(
+    t: &T,
+    flow: &Flow<I>,
+    dest: u32,
+    reply_from: Option<(I::Addr, u16)>,
+) -> Option<Reason> {
+    if flow.sctp && changes_port(t, flow, dest, reply_from) {
+        // How long the whole is, which its checksum is about, is not known yet.
+        return Some(Reason::FragmentSctp);
+    }
+    let address = reply_from.map(|(address, _)| address);
+    let end = flow.transport_len() / 8;
+    let note = Note { dest, reply: address.is_some(), virtual_address: I::pair(address), end: end as u16 };
+    // Or they could not be told from another datagram's.
+    (!t.leave_note(&datagram(flow), &note)).then_some(Reason::FragmentConflict)
+}
+
+/// Does the flow's packet leave with another port?
+#[inline(always)]
+fn changes_port<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32, reply_from: Option<(I::Addr, u16)>) -> bool {
+    match (reply_from, t.dest(dest)) {
+        (Some((_, port)), _) => port != flow.key.sport(),
+        (None, Some(d)) => d.lends() || is_nat(d) && server(flow, d).1 != flow.key.dport(),
+        (None, None) => false,
+    }
 }
 
 /// A fragment that is not the first one: after that.

@@ -1,9 +1,11 @@
 //! Packets in plain memory.
 
+use crate::crc;
 use crate::csum::{self, Delta};
 use crate::far::{self, Walk, Walked};
 use crate::options::{self, Edit, Offer};
 use crate::packet::{Frame, Ip, Packet, Window};
+use crate::proto::sctp;
 use std::cell::Cell;
 
 /// A frame, and the interface it came in by.
@@ -106,6 +108,18 @@ impl Packet for MemPacket {
         let (old, delta) = (w.r16(at), addresses.and(ports));
         w.w16(at, if udp { csum::adjust_udp(old, delta) } else { csum::adjust(old, delta) });
         true
+    }
+    fn fix_crc<I: Ip>(&mut self, by: usize, len: u32, [old, new]: [u32; 2], _: Delta) -> bool {
+        let Some(mut w) = self.beyond(by, I::L4 + sctp::HEADER) else { return false };
+        let sign = |x: u64| (x as i64 >> 63) as u64;
+        w.w32(I::L4 + sctp::CHECKSUM, w.r32(I::L4 + sctp::CHECKSUM) ^ crc::change(old ^ new, len, sign));
+        true
+    }
+    fn sctp_event(&mut self, at: usize, len: usize) -> u8 {
+        sctp::event(self, at, len)
+    }
+    fn word_at(&mut self, at: usize) -> Option<[u8; 4]> {
+        self.bytes.get(at..at + 4)?.try_into().ok()
     }
     fn sum_from(&self, from: usize, most: usize) -> u64 {
         let end = self.bytes.len().min(from + most);

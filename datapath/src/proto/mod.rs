@@ -1,3 +1,14 @@
 //! Protocol state tables: IPVS's own states and transitions, as data.
 pub mod sctp;
 pub mod tcp;
+
+/// Who sent the packet, and whether the director sees both ways.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// From the client; replies go by us too (NAT, FULLNAT).
+    Input,
+    /// From the server.
+    Output,
+    /// From the client; replies don't go by us (DR, TUN).
+    InputOnly,
+}

@@ -1,5 +1,6 @@
 //! TCP as IPVS follows it: eleven states, three tables (`ip_vs_proto_tcp.c`, `tcp_states[]`).
 
+use super::Way;
 use crate::conn::{Row, Timeouts, class};
 use crate::packet::{Ip, Packet, Window};
 
@@ -60,17 +61,6 @@ pub(crate) fn rows(t: &Timeouts) -> [Row; 11] {
         Row::new(120, HALF_OPEN, false),
         Row::new(120, HALF_OPEN, true),
     ]
-}
-
-/// Who sent the packet, and whether the director sees both ways.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Way {
-    /// From the client; replies go by us too (NAT, FULLNAT).
-    Input,
-    /// From the server.
-    Output,
-    /// From the client; replies don't go by us (DR, TUN).
-    InputOnly,
 }
 
 /// One row of a table: the next state of each state, a nibble each, NONE lowest.

@@ -11,6 +11,7 @@ mod operations;
 mod plain;
 mod restart;
 mod scale;
+mod sctp;
 mod seen;
 mod support;
 mod traffic;
@@ -33,6 +34,7 @@ fn main() {
         operations::tests(),
         traffic::tests(),
         fragments::tests(),
+        sctp::tests(),
         bad_input::tests(),
         defence::tests(),
         scale::tests(),

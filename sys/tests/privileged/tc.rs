@@ -20,6 +20,8 @@ use rvs_sys::bpf::{Dataplane, OBJECT, Sizes};
 
 use crate::world::{Ns, run};
 
+mod sctp;
+
 pub const CASES: &[crate::Case] = &[
     ("programs_are_put_replaced_and_taken_off", programs_are_put_replaced_and_taken_off),
     ("an_interface_has_one_program_for_what_comes_in", an_interface_has_one_program_for_what_comes_in),
@@ -31,6 +33,7 @@ pub const CASES: &[crate::Case] = &[
     ("a_local_real_server_by_nat", a_local_real_server_by_nat),
     ("icmp_errors_from_tc", icmp_errors_from_tc),
     ("a_server_behind_a_bridge", a_server_behind_a_bridge),
+    ("sctp_checksums_through_tc", sctp::checksums),
 ];
 
 /// A BPF file system of our own, gone with the test.
@@ -635,8 +638,11 @@ fn a_local_real_server_by_nat() {
 
 /// A raw socket for the ICMP messages of a namespace, made in this thread.
 fn icmp_socket(net: Net) -> UdpSocket {
-    let (family, protocol) =
-        if net == Net::V4 { (libc::AF_INET, libc::IPPROTO_ICMP) } else { (libc::AF_INET6, libc::IPPROTO_ICMPV6) };
+    raw_socket(net, if net == Net::V4 { libc::IPPROTO_ICMP } else { libc::IPPROTO_ICMPV6 })
+}
+
+fn raw_socket(net: Net, protocol: i32) -> UdpSocket {
+    let family = if net == Net::V4 { libc::AF_INET } else { libc::AF_INET6 };
     // SAFETY: no memory is involved.
     let fd = unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
     assert!(fd >= 0, "a raw socket: {}", std::io::Error::last_os_error());
