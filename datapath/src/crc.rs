@@ -104,6 +104,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn an_update_is_what_all_anew_would_be(mut bytes in proptest::collection::vec(any::<u8>(), 4..3000), ports: [u8; 4]) {
             let before = bytes.clone();

@@ -268,6 +268,10 @@ impl<I: Ip, P: Frame> Packet for Far<'_, I, P> {
         Self: 'a;
     const SCTP: bool = true;
     #[inline(always)]
+    fn any_proto(proto: u64, noise: u32) -> u64 {
+        (P::blur(4 * proto as usize, noise as usize) as u64 / 4) & 3
+    }
+    #[inline(always)]
     fn window(&mut self, len: usize) -> Option<Self::W<'_>> {
         let (near, far) = match self.by {
             Some(by) if len > I::L4 => {

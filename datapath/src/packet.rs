@@ -20,6 +20,11 @@ pub trait Packet {
         Self: 'a;
     /// May it be SCTP? On the hot path it is known when that is compiled that it is not: SCTP goes by [`crate::far`].
     const SCTP: bool = false;
+    /// `proto`, below 4, so that BPF's verifier no longer knows which: it then goes on once for all. `noise` as for [`Frame::blur`].
+    #[inline(always)]
+    fn any_proto(proto: u64, _noise: u32) -> u64 {
+        proto
+    }
     /// The first `len` bytes; `None` if the packet is shorter. `len` is a constant wherever this is called.
     fn window(&mut self, len: usize) -> Option<Self::W<'_>>;
     /// The same at offsets from `by` bytes further on (fewer than 2048): those of headers behind extra ones. Of a packet that hides extra
@@ -586,6 +591,12 @@ fn transport<I: Ip, P: Packet>(p: &mut P, place: &Place) -> Result<Flow<I>, Verd
         (w.r32(I::L4), 0)
     };
     let Some(w) = p.window(I::L4) else { return Err(drop(Reason::Short)) };
-    let key = Key::of(I::addresses(&w), u32::from_be(ports), number(tcp, sctp));
+    let mut proto = number(tcp, sctp);
+    let (mut tcp, mut sctp) = (tcp, sctp);
+    if P::SCTP {
+        proto = P::any_proto(proto, ports);
+        (tcp, sctp) = (proto == conn::TCP, proto == conn::SCTP);
+    }
+    let key = Key::of(I::addresses(&w), u32::from_be(ports), proto);
     Ok(Flow { key, tcp, sctp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len, cookie: 0 })
 }
