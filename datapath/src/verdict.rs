@@ -284,7 +284,7 @@ reasons! {
 }
 
 /// Counters kept (a power of two, so that an index is easily bounded).
-pub const COUNTERS: usize = 64;
+pub const COUNTERS: usize = 128;
 const _: () = assert!(Reason::ALL.len() <= COUNTERS);
 
 #[inline(always)]
