@@ -17,7 +17,7 @@ use nix::unistd::{Pid, geteuid};
 use report::{Report, Row};
 use rig::{ANY_FLOW, Case, Frame, Method, Order, PASS, Program, REDIRECT, Rig, Settings, TX, Version};
 
-const OBJECT: &str = "ebpf/target/bpfel-unknown-none/release/rvs-bench";
+pub const OBJECT: &str = "ebpf/target/bpfel-unknown-none/release/rvs-bench";
 const DOCUMENT: &str = "docs/benchmarks.md";
 const SIZES: [u32; 5] = [1, 4 << 10, 64 << 10, 1 << 20, 4 << 20];
 const QUICK_SIZES: [u32; 1] = [4 << 10];
@@ -42,9 +42,6 @@ pub fn run(root: &Path, args: &[String]) -> Result<ExitCode> {
                 bail!("bench has no option {other}: --quick, --write, --ipv4, --ipv6, --flows N,N..., --object FILE")
             }
         }
-    }
-    if !geteuid().is_root() {
-        bail!("the benchmark loads programs into the kernel: run it as root");
     }
     let sizes = sizes.unwrap_or_else(|| if quick { QUICK_SIZES.to_vec() } else { SIZES.to_vec() });
     let program = std::fs::read(&object).with_context(|| format!("{}: run `./x build` first", object.display()))?;
@@ -80,13 +77,19 @@ fn numbers(list: &str) -> Result<Vec<u32>> {
 // ---- where it runs
 
 /// One CPU, and mount and network namespaces of our own: pins, a way out for replies, and no trace afterwards.
-struct Place {
-    pins: PathBuf,
+pub struct Place {
+    /// A folder on a BPF file system.
+    pub pins: PathBuf,
     out: u32,
 }
 
 impl Place {
-    fn new() -> Result<Place> {
+    /// # Errors
+    /// Not root, or the kernel refuses.
+    pub fn new() -> Result<Place> {
+        if !geteuid().is_root() {
+            bail!("programs are loaded into the kernel: run it as root");
+        }
         let mut cpus = CpuSet::new();
         let last = std::thread::available_parallelism()?.get() - 1;
         cpus.set(last)?;

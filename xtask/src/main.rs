@@ -3,6 +3,8 @@
 
 mod bench;
 mod tidy;
+mod verify;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,7 +17,10 @@ usage: cargo xtask tidy     the rules of CONTRIBUTING.md that no compiler checks
                             executed instructions a packet, compared with those on record; --write: put these on record
        cargo xtask bench [--quick] [--write]
                             the data plane's figures (as root; `./x bench` builds first). --quick: a few sizes, to see that it
-                            works; --write: into docs/benchmarks.md too";
+                            works; --write: into docs/benchmarks.md too
+       cargo xtask verify   every program through this kernel's verifier, with the steps that each takes (as root)
+       cargo xtask vm [OPTION]... -- COMMAND [ARG]...
+                            a command as root in a virtual machine with Debian 12's kernel (`./x setup vm` fetches it)";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -33,6 +38,8 @@ fn run(task: Option<&str>, args: &[String]) -> Result<ExitCode> {
         Some("tidy") => tidy::run(&root()?),
         Some("bench") => bench::run(&root()?, args),
         Some("count") => bench::count::run(&root()?, args),
+        Some("verify") => verify::run(&root()?, args),
+        Some("vm") => vm::run(&root()?, args),
         Some(other) => bail!("there is no task '{other}'\n{USAGE}"),
         None => bail!("{USAGE}"),
     }

@@ -10,6 +10,7 @@ pub mod programs;
 mod raw;
 mod rehearsal;
 mod ring;
+pub mod verify;
 
 pub use apply::combine;
 pub use conns::{Belongs, ConnTable, Flow};

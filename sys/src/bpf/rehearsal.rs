@@ -62,7 +62,7 @@ pub struct Outcome {
 
 /// A second instance of the data plane.
 pub struct Rehearsal {
-    ebpf: Ebpf,
+    pub(super) ebpf: Ebpf,
     ring: super::Ring,
     /// Live and own, one after the other.
     copies: Vec<(Mapping, Mapping)>,
