@@ -58,6 +58,26 @@ pub fn eligible<T: Tables>(t: &T, e: &ListEntry) -> bool {
     e.weight > 0 && !t.overloaded(e.dest)
 }
 
+/// Counts tries to take a turn. By shifts: of a count in steps LLVM moves the step to the loop's end, and that before its beginning, so
+/// that the loop goes on without a jump, which the verifier of Linux 6.1 refuses.
+struct Tries(u8);
+
+impl Default for Tries {
+    #[inline(always)]
+    fn default() -> Self {
+        Tries(0b1111)
+    }
+}
+
+impl Tries {
+    /// Is the one that begins now the last?
+    #[inline(always)]
+    fn next(&mut self) -> bool {
+        self.0 >>= 1;
+        self.0 == 0
+    }
+}
+
 /// The dest for a new connection; `None`: no dest is available.
 #[inline(always)]
 pub fn pick<I: Ip, T: Tables>(t: &T, index: u32, service: &Service, flow: &Flow<I>) -> Option<u32> {

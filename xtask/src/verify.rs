@@ -48,7 +48,10 @@ pub fn run(root: &Path, args: &[String]) -> Result<ExitCode> {
     let object = root.join(bench::OBJECT);
     let object = std::fs::read(&object).with_context(|| format!("{}: run `./x build` first", object.display()))?;
     let pins = place.pins.join("bench");
-    counts.add("benchmark", Dataplane::load(&object, &pins, &SIZES, &[], &[("BENCH", 1), ("LRU4", 1024), ("LRU6", 1024)])?.verify());
+    counts.add(
+        "benchmark",
+        Dataplane::load(&object, &pins, &SIZES, &[], &[("BENCH", 1), ("LRU4", 1024), ("LRU6", 1024)])?.verify(),
+    );
     println!("test result: {} passed; {} failed", counts.passed, counts.failed);
     Ok(if counts.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -1,6 +1,6 @@
 //! rr: the next eligible dest of the list after the one taken last (`ip_vs_rr_schedule`).
 
-use super::{List, eligible};
+use super::{List, Tries, eligible};
 use crate::tables::{Machine, Tables, Walker};
 
 struct Walk {
@@ -11,8 +11,9 @@ struct Walk {
 
 #[inline(always)]
 pub fn pick<T: Tables>(t: &T, index: u32, list: List) -> Option<u32> {
-    let mut tries = 0;
+    let mut tries = Tries::default();
     loop {
+        let last_try = tries.next();
         let old = t.machine(index, Machine::Rr);
         // Nearly always the very next one.
         let last = (old as u32).min(list.count);
@@ -28,9 +29,8 @@ pub fn pick<T: Tables>(t: &T, index: u32, list: List) -> Option<u32> {
             }
             ((walk.found >> 32) as u32, walk.found as u32)
         };
-        tries += 1;
         // If another CPU took this turn, take the next; after some tries this one all the same.
-        if t.advance(index, Machine::Rr, old, u64::from(place)) || tries == 4 {
+        if t.advance(index, Machine::Rr, old, u64::from(place)) || last_try {
             return Some(dest);
         }
     }

@@ -7,7 +7,7 @@
 //! The control plane puts the machine back to the head of the list, and fits the current weight, when a list or weight changes
 //! (`ip_vs_wrr_dest_changed`).
 
-use super::{List, eligible};
+use super::{List, Tries, eligible};
 use crate::tables::{Machine, Tables, Walker};
 
 struct Walk {
@@ -30,8 +30,9 @@ pub fn pick<T: Tables>(t: &T, index: u32, list: List) -> Option<u32> {
     if head.weight == 0 || list.count == 0 {
         return None;
     }
-    let mut tries = 0;
+    let mut tries = Tries::default();
     loop {
+        let last_try = tries.next();
         let old = t.machine(index, Machine::Wrr);
         let mut walk = Walk {
             list,
@@ -49,10 +50,9 @@ pub fn pick<T: Tables>(t: &T, index: u32, list: List) -> Option<u32> {
         if walk.dest == 0 {
             return None;
         }
-        tries += 1;
         let new = u64::from(walk.place) | u64::from(walk.current) << 32;
         // If another CPU took this turn, take the next; after some tries this one all the same.
-        if t.advance(index, Machine::Wrr, old, new) || tries == 4 {
+        if t.advance(index, Machine::Wrr, old, new) || last_try {
             return Some(walk.dest);
         }
     }
