@@ -109,6 +109,7 @@ impl Capabilities {
             | Command::Flush
             | Command::Zero(_)
             | Command::SetTimeouts(_)
+            | Command::Set(..)
             | Command::Defend(..)
             | Command::StopDaemon(_) => Ok(()),
         }
