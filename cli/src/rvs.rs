@@ -40,7 +40,7 @@ pub enum Query {
         #[arg(long)]
         json: bool,
     },
-    /// Rate limits and SYN cookies of services
+    /// Rate limits, SYN cookies and PROXY headers of services
     #[command(subcommand)]
     Service(service::Args),
     /// Say what would become of a packet now, and why, without sending it

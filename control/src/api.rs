@@ -262,20 +262,55 @@ pub struct Defence {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Command {
-    AddService { service: ServiceId, spec: ServiceSpec },
-    EditService { service: ServiceId, spec: ServiceSpec },
-    DelService { service: ServiceId },
-    AddDest { service: ServiceId, dest: DestSpec },
-    EditDest { service: ServiceId, dest: DestSpec },
-    DelDest { service: ServiceId, dest: DestId },
+    AddService {
+        service: ServiceId,
+        spec: ServiceSpec,
+    },
+    EditService {
+        service: ServiceId,
+        spec: ServiceSpec,
+    },
+    DelService {
+        service: ServiceId,
+    },
+    AddDest {
+        service: ServiceId,
+        dest: DestSpec,
+    },
+    EditDest {
+        service: ServiceId,
+        dest: DestSpec,
+    },
+    DelDest {
+        service: ServiceId,
+        dest: DestId,
+    },
     Flush,
-    Zero { service: Option<ServiceId> },
+    Zero {
+        service: Option<ServiceId>,
+    },
     SetTimeouts(Timeouts),
     StartDaemon(DaemonSpec),
-    StopDaemon { role: DaemonRole },
-    AddLocalAddress { service: ServiceId, addr: IpAddr },
-    DelLocalAddress { service: ServiceId, addr: IpAddr },
-    Defend { service: ServiceId, defence: Defence },
+    StopDaemon {
+        role: DaemonRole,
+    },
+    AddLocalAddress {
+        service: ServiceId,
+        addr: IpAddr,
+    },
+    DelLocalAddress {
+        service: ServiceId,
+        addr: IpAddr,
+    },
+    Defend {
+        service: ServiceId,
+        defence: Defence,
+    },
+    /// Whether its real servers are told of their clients by PROXY headers, version 2.
+    Proxy {
+        service: ServiceId,
+        on: bool,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -107,6 +107,7 @@ impl Capabilities {
             | Command::Zero(_)
             | Command::SetTimeouts(_)
             | Command::Defend(..)
+            | Command::Proxy(..)
             | Command::StopDaemon(_) => Ok(()),
         }
     }

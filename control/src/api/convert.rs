@@ -41,6 +41,7 @@ impl TryFrom<Command> for model::Command {
             Command::AddLocalAddress { service, addr } => Self::AddLocalAddress(service.into(), addr),
             Command::DelLocalAddress { service, addr } => Self::DelLocalAddress(service.into(), addr),
             Command::Defend { service, defence } => Self::Defend(service.into(), defence.into()),
+            Command::Proxy { service, on } => Self::Proxy(service.into(), on),
         })
     }
 }
@@ -141,7 +142,9 @@ impl From<&CommandError> for Refusal {
             | CommandError::BadTimeout(_)
             | CommandError::NotMulticast(_)
             | CommandError::CookiesNotTcp
-            | CommandError::CookiesOneWay(_) => Code::Invalid,
+            | CommandError::CookiesOneWay(_)
+            | CommandError::ProxyNotTcp
+            | CommandError::ProxyOneWay(_) => Code::Invalid,
         };
         Refusal::new(code, error.to_string())
     }

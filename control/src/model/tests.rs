@@ -336,6 +336,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => (any_key(), pool()).prop_map(|(key, addr)| Command::DelLocalAddress(key, addr)),
         1 => (any_key(), proptest::option::of(0..9u32), 0..9u32)
             .prop_map(|(key, cookies_above, rate)| Command::Defend(key, Defence { cookies_above, rate, source_rate: 0 })),
+        1 => (any_key(), any::<bool>()).prop_map(|(key, on)| Command::Proxy(key, on)),
     ]
 }
 
