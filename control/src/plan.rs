@@ -23,10 +23,10 @@ use std::net::IpAddr;
 
 use rvs_datapath::abi::{self, ListEntry, dest as flag, service as service_flag};
 use rvs_datapath::conn;
-use rvs_datapath::sched::mh;
+use rvs_datapath::sched;
 
 use crate::lists;
-use crate::model::{Change, Dest, DestKey, Model, Scheduler, Service, ServiceKey};
+use crate::model::{Change, Dest, DestKey, Model, Service, ServiceKey};
 pub use op::MapOp;
 use place::{Indexes, Run, Runs};
 use record::{abi_key, describe, method_bits, tunnel_record};
@@ -291,7 +291,7 @@ impl Planner {
         let before = placed.record.scheduler;
         describe(&mut placed.record, service, &key, self.is_local(&key));
         // A hash scheduler's table comes before it and goes after it: new connections find a dest all the while.
-        let hashes = service.config.scheduler == Some(Scheduler::Mh);
+        let hashes = service.config.scheduler.is_some_and(|scheduler| lists::table(scheduler, &[]).is_some());
         if hashes {
             self.retable(&mut placed, service, now_ms, step)?;
         }
@@ -591,25 +591,15 @@ impl Planner {
         step: &mut Step,
     ) -> Result<(), PlanError> {
         let old = placed.table.take();
-        if service.config.scheduler == Some(Scheduler::Mh) {
-            let run = self.rest.tables.take(mh::SIZE)?;
-            let members: Vec<mh::Member> = service
-                .dests()
-                .filter_map(|d| placed.dests.get(&d.key).map(|p| (d, p)))
-                .map(|(d, p)| mh::Member {
-                    dest: p.index,
-                    address: bytes(d.key.addr),
-                    port: d.key.port,
-                    last_weight: p.last_weight,
-                })
-                .collect();
-            placed.record.table = u64::from(run.first) | u64::from(mh::SIZE) << 32;
-            placed.table = Some(run);
-            let places = lists::mh_table(&members);
-            step.ops.push(MapOp::Table { service: placed.index, first: run.first, places });
-        } else if old.is_some() {
-            placed.record.table = 0;
-            step.ops.push(MapOp::Table { service: placed.index, first: 0, places: Vec::new() });
+        let places = service.config.scheduler.and_then(|scheduler| lists::table(scheduler, &members(service, placed)));
+        let size = places.as_ref().map_or(0, |p| p.len() as u32);
+        if size > 0 {
+            placed.table = Some(self.rest.tables.take(size)?);
+        }
+        if size > 0 || old.is_some() {
+            let first = placed.table.map_or(0, |run| run.first);
+            placed.record.table = u64::from(first) | u64::from(size) << 32;
+            step.ops.push(MapOp::Table { service: placed.index, first, places: places.unwrap_or_default() });
         }
         if let Some(old) = old {
             self.rest.tables.retire(old, now_ms);
@@ -788,6 +778,16 @@ impl Planner {
     pub fn dest_address(&self, index: u32) -> Option<(IpAddr, u16)> {
         self.dests.get(&index).map(|m| (m.address, m.record.port))
     }
+}
+
+/// The dests of a service in list order, for the tables of hash schedulers.
+fn members(service: &Service, placed: &Placed) -> Vec<sched::Member> {
+    let member = |d: &Dest| {
+        let PlacedDest { index, last_weight, .. } = *placed.dests.get(&d.key)?;
+        let DestKey { addr, port } = d.key;
+        Some(sched::Member { dest: index, address: bytes(addr), port, weight: d.weight, last_weight })
+    };
+    service.dests().filter_map(member).collect()
 }
 
 fn hop_key(way: &Way) -> Option<([u32; 3], u32)> {

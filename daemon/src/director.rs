@@ -227,6 +227,7 @@ impl Director {
     /// Once a second: what is out of use long enough becomes free.
     pub fn tick(&mut self) -> Result<(), BpfError> {
         let now_ms = self.now_ms();
+        self.dataplane.tidy()?;
         self.planner.tick(now_ms);
         let trashed: BTreeSet<u32> = self.planner.trashed().collect();
         self.idle_since.retain(|index, _| trashed.contains(index));

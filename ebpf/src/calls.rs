@@ -9,6 +9,7 @@ use rvs_datapath::ct::{self, Cost, EVICTABLE, Entry, Family, Key, Outcome, Patie
 use rvs_datapath::frag::{self, Found, Note, Part};
 use rvs_datapath::packet::{Flow, Ip};
 use rvs_datapath::tables::Tables;
+use rvs_datapath::verdict::Verdict;
 
 use crate::flat::{constant, flat};
 use crate::maps::Maps;
@@ -27,6 +28,8 @@ pub struct Scratch<F: Family> {
     query: FibLookup,
     /// The VLAN device that a frame came in by, whose tags are off; else 0.
     vlan: u64,
+    /// What the further stages begin with.
+    verdict: u64,
     /// The only one that outlives a packet.
     patience: Patience,
 }
@@ -100,6 +103,18 @@ pub fn set_vlan(ifindex: u32) {
 pub fn vlan() -> u32 {
     // SAFETY: as above.
     unsafe { (*scratch::<V4>()).vlan as u32 }
+}
+
+/// From one program to the next: see [`crate::stages::on`].
+#[inline(always)]
+pub fn go_on(verdict: Verdict) {
+    // SAFETY: as above.
+    unsafe { (*scratch::<V4>()).verdict = verdict.word() };
+}
+#[inline(always)]
+pub fn gone_on() -> Verdict {
+    // SAFETY: as above.
+    Verdict::from_word(unsafe { (*scratch::<V4>()).verdict })
 }
 
 /// [`frag::leave`] and [`frag::find`].

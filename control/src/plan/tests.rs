@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 
 use proptest::prelude::*;
 use rvs_datapath::abi::ServiceState;
+use rvs_datapath::sched::Kind;
 
 use super::*;
 use crate::model::{
@@ -194,9 +195,10 @@ impl World {
                 assert_eq!(self.maps.quiesced.contains(&entry.dest), dest.weight == 0);
                 assert_eq!(there.service, index);
             }
-            if service.config.scheduler == Some(Scheduler::Mh) {
-                let (first, size) = (record.table as u32, (record.table >> 32) as u32);
-                assert_eq!(size, mh::SIZE);
+            let (first, size) = (record.table as u32, (record.table >> 32) as u32);
+            let sizes = [(Kind::Mh, 4093), (Kind::Sh, 256), (Kind::Dh, 256)];
+            if let Some((_, wanted)) = sizes.iter().find(|(s, _)| service.config.scheduler == Some(*s)) {
+                assert_eq!(size, *wanted);
                 let own: BTreeSet<u32> = list.iter().map(|e| e.dest).chain([0]).collect();
                 assert!((first..first + size).all(|i| own.contains(&self.maps.tables[&i])));
             } else {
@@ -243,7 +245,7 @@ fn dest(n: u8, weight: u32, masq: bool) -> Dest {
 fn any_command() -> impl Strategy<Value = Command> {
     let key = || (0u16..4).prop_map(service);
     let dest = || (1u8..8, 0u32..4, any::<bool>()).prop_map(|(n, w, m)| dest(n, w, m));
-    let sched = || prop_oneof![Just("rr"), Just("wrr"), Just("wlc"), Just("mh")].prop_map(spec);
+    let sched = || prop_oneof![Just("rr"), Just("wrr"), Just("wlc"), Just("mh"), Just("sh"), Just("dh")].prop_map(spec);
     prop_oneof![
         4 => (key(), sched()).prop_map(|(k, s)| Command::AddService(k, s)),
         2 => (key(), sched()).prop_map(|(k, s)| Command::EditService(k, s)),

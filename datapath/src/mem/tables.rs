@@ -80,6 +80,7 @@ pub struct MemTables {
     pub tunnels: Vec<Tunnel>,
     dest_flags: Vec<AtomicU64>,
     lendings: Vec<AtomicU64>,
+    drawn: AtomicU64,
     stats: Vec<StatCells>,
     reply_hops: Vec<OnceLock<Hop>>,
     rates: Vec<[AtomicU64; 1]>,
@@ -126,6 +127,7 @@ impl MemTables {
             tunnels: filled(sizes.dests),
             dest_flags: filled(sizes.dests),
             lendings: filled(sizes.dests),
+            drawn: AtomicU64::new(1),
             stats: filled(sizes.dests),
             reply_hops: filled(REPLY_HOPS_MAX),
             rates: filled(abi::RATES_MAX),
@@ -322,11 +324,14 @@ impl Tables for MemTables {
     fn advance(&self, service: u32, which: Machine, old: u64, new: u64) -> bool {
         self.machines[service as usize][which as usize].compare_exchange(old, new, SeqCst, SeqCst).is_ok()
     }
-    fn overhead(&self, dest: u32) -> u64 {
+    fn connections(&self, dest: u32) -> [u64; 2] {
         let s = self.dest_state(dest);
-        // Below 0 for an instant counts as 0.
-        let of = |n: u64| if (n as i64) < 0 { 0 } else { n };
-        (of(s.active) << 8).wrapping_add(of(s.inactive))
+        [s.active, s.inactive].map(|n| if (n as i64) < 0 { 0 } else { n })
+    }
+    /// Always the same numbers.
+    fn random(&self) -> u32 {
+        let drawn = self.drawn.fetch_add(1, Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((drawn ^ drawn >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32
     }
     fn overloaded(&self, dest: u32) -> bool {
         self.dest_flags.get(dest as usize).is_none_or(|f| f.load(SeqCst) & 1 != 0)

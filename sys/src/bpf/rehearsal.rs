@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::attach::Hook;
 use super::raw::{self, Mapping};
-use super::{BpfError, Dataplane, Flat, LOOKED_UP, Result, Shape, Table, failed, flat};
+use super::{BpfError, Dataplane, Flat, LOOKED_UP, Result, Shape, Table, failed, flat, gates};
 
 /// State that says what becomes of a packet.
 const COPIED: [&str; 13] = [
@@ -188,17 +188,7 @@ impl Rehearsal {
     }
 
     fn load(&mut self, hook: Hook) -> Result<()> {
-        let what = || failed(format!("load {} once more", hook.program()));
-        match hook {
-            Hook::Tc | Hook::TcOut => {
-                let program = self.tc(hook)?;
-                if program.fd().is_err() { program.load().map_err(what()) } else { Ok(()) }
-            }
-            Hook::XdpNative | Hook::XdpGeneric => {
-                let program = self.xdp(hook)?;
-                if program.fd().is_err() { program.load().map_err(what()) } else { Ok(()) }
-            }
-        }
+        gates::load(&mut self.ebpf, hook.program(), None).map(drop)
     }
     fn xdp(&mut self, hook: Hook) -> Result<&mut Xdp> {
         let name = hook.program();

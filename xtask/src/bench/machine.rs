@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use anyhow::{Context, Result, bail};
 use object::read::elf::ElfFile64;
 use object::{Object, ObjectSection, ObjectSymbol, RelocationTarget, SectionIndex, SectionKind};
-use rvs_sys::bpf::Shape;
+use rvs_sys::bpf::{GATES, Shape};
 
 /// Addresses begin here: 0 is null.
 const BASE: u64 = 0x1000;
@@ -35,6 +35,8 @@ pub struct Machine {
     calls: HashMap<Place, Place>,
     programs: HashMap<String, Place>,
     maps: HashMap<String, u64>,
+    /// Arrays of programs, by what a constant says of them.
+    gates: HashMap<u64, &'static [&'static str]>,
     /// Of the hash map: key, and address of the value.
     keys: HashMap<Vec<u8>, u64>,
     /// What `bpf_fib_lookup` writes into its parameters: offset and bytes.
@@ -52,6 +54,7 @@ impl Machine {
             calls: HashMap::new(),
             programs: HashMap::new(),
             maps: HashMap::new(),
+            gates: HashMap::new(),
             keys: HashMap::new(),
             route: Vec::new(),
         };
@@ -119,6 +122,9 @@ impl Machine {
                     // In .maps: a map that is looked up.
                     None => LOOKED_UP + symbol.index().0 as u64,
                 };
+                if let Some((_, programs)) = GATES.iter().find(|(map, _)| *map == name) {
+                    self.gates.insert(value, programs);
+                }
                 self.constants.insert(place, value);
             }
             None => drop(self.constants.insert(place, self.number(name, shapes)?)),
@@ -257,6 +263,13 @@ impl Machine {
                     frames.push((next, [r[6], r[7], r[8], r[9], r[10]]));
                     r[FP] = self.allocate(512) + 512;
                     next = self.calls.get(&place).copied().unwrap_or(jump(immediate));
+                }
+                // A tail call: in the place of the function that it is in, and so back to whom called that.
+                (_, 0x85) if immediate == 12 => {
+                    let programs = self.gates.get(&r[2]).context("a tail call through no array of programs")?;
+                    let name = *programs.get(r[3] as usize).context("a tail call to no program")?;
+                    next = *self.programs.get(name).with_context(|| format!("no program {name}"))?;
+                    r[FP] = self.allocate(512) + 512;
                 }
                 (_, 0x85) => r[0] = self.help(immediate, &r)?,
                 (_, 0x05) => next = jump(offset),

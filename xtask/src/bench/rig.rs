@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use rvs_datapath::abi::{Clock, Dest, Hop, Iface, ListEntry, Service, ServiceKey, dest, map, service};
 use rvs_datapath::ct;
 use rvs_datapath::sched::Kind;
-use rvs_sys::bpf::{Dataplane, Sizes, Table};
+use rvs_sys::bpf::{Dataplane, GATES, Sizes, Table};
 
 pub const PASS: u32 = 2;
 pub const TX: u32 = 3;
@@ -214,11 +214,18 @@ impl<'a> Rig<'a> {
         PROGRAMS[self.version.of(0, 1)][program]
     }
 
-    /// Verified instructions, and size in instructions and in bytes of machine code, of the whole data plane.
+    /// Verified instructions, and size in instructions and in bytes of machine code, of the whole data plane: what the hook calls, and what is behind its
+    /// gates.
     pub fn program_size(&mut self) -> Result<(u32, u32, u32)> {
-        let info = self.plane.xdp(self.name(Program::Run as usize))?.info()?;
-        let xlated = info.size_translated().unwrap_or(0) / 8;
-        Ok((info.verified_instruction_count().unwrap_or(0), xlated, info.size_jitted()))
+        let (_, behind) = GATES[0];
+        let mut sum = (0, 0, 0);
+        for name in [self.name(Program::Run as usize)].iter().chain(behind) {
+            let info = self.plane.xdp(name)?.info()?;
+            sum.0 += info.verified_instruction_count().unwrap_or(0);
+            sum.1 += info.size_translated().unwrap_or(0) / 8;
+            sum.2 += info.size_jitted();
+        }
+        Ok(sum)
     }
 
     /// Nanoseconds a packet, the harness included. (The kernel says whole ones. The time of the call is no finer: it has waits for
