@@ -20,6 +20,7 @@ pub fn tests() -> Vec<Test> {
     [
         on_hooks("proxy_headers_to_nginx_and_haproxy", &both, nginx_and_haproxy),
         on_hooks("proxy_headers_where_packets_are_lost", &both, lossy),
+        on_hooks("proxy_headers_before_much_at_once", &both, much_at_once),
         on_hooks("proxy_headers_with_syn_cookies", &both, with_cookies),
         on_hooks("proxy_headers_are_turned_on_and_off_under_traffic", &both, on_and_off),
         on_hooks("proxy_headers_are_refused_where_they_can_not_be", &[Hook::Xdp], refused),
@@ -206,6 +207,70 @@ fn lossy(hook: Hook) -> TestResult {
         rvs.ipvsadm(&format!("-D -t {web}"))?;
     }
     Ok(())
+}
+
+/// A client that writes much at once: under tc its first data come in a packet that is yet to be cut into segments, and that has no header;
+/// the end of its handshake brought it, or, when that is lost, what it sends again.
+fn much_at_once(hook: Hook) -> TestResult {
+    let lab = lab_of(hook)?;
+    let rvs = director(&lab, LAYOUT.director_interfaces(), hook)?;
+    for (method, ipv6) in PAIRS {
+        let (web, target) = (vip(&lab, ipv6, 80)?, at(&lab, "rs1", ipv6, 9000)?);
+        serve(&lab, &rvs, "-t", web, method, 9000)?;
+        rvs.ipvsadm(&format!("-d -t {web} -r {}", at(&lab, "rs2", ipv6, 9000)?))?;
+        rvs.rvs(&format!("service set tcp {web} --proxy v2"))?;
+        lab.node("director")?.run(&["ping", "-c", "1", &target.ip().to_string()])?;
+        let listener = lab.node("rs1")?.enter(|| TcpListener::bind(target))??;
+        for lost in [false, true] {
+            if lost {
+                lose_acknowledgements(lab.node("router")?, web)?;
+            }
+            for n in 0..8 {
+                upload(&lab, &listener, web).map_err(|e| format!("{method}, {web}, lost {lost}, {n}: {e:?}"))?;
+            }
+        }
+        lab.node("router")?.run(&["nft", "delete table inet lossy"])?;
+        rvs.ipvsadm(&format!("-D -t {web}"))?;
+    }
+    Ok(())
+}
+
+/// Of the client's packets without data, which the end of the handshake is the first of, every other one.
+fn lose_acknowledgements(router: NodeHandle<'_>, web: SocketAddr) -> TestResult {
+    router.run(&["nft", "add table inet lossy"])?;
+    router.run(&["nft", "add chain inet lossy forward { type filter hook forward priority 0; }"])?;
+    let (family, most) = if web.is_ipv6() { ("ip6", 72) } else { ("ip", 52) };
+    let to = format!("{family} daddr {} tcp dport {}", web.ip(), web.port());
+    let ack = "tcp flags & (syn|ack|rst|fin) == ack";
+    router.run(&[
+        "nft",
+        &format!("add rule inet lossy forward {to} {ack} meta length <= {most} numgen inc mod 2 == 0 drop"),
+    ])?;
+    Ok(())
+}
+
+/// 300 kB in one write, read behind the header as they were written.
+fn upload(lab: &Lab, listener: &TcpListener, web: SocketAddr) -> TestResult {
+    let text = rvs_lab::service::payload("at once")[..300_000].to_vec();
+    let sent = text.clone();
+    thread::scope(|scope| -> TestResult {
+        let server = scope.spawn(|| -> std::io::Result<(SocketAddr, Vec<u8>)> {
+            let (mut stream, _) = listener.accept()?;
+            stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+            let client = heard(&mut stream)?;
+            let mut read = Vec::new();
+            stream.read_to_end(&mut read)?;
+            Ok((client, read))
+        });
+        let own = lab.node("client")?.enter(|| -> std::io::Result<SocketAddr> {
+            let mut stream = TcpStream::connect_timeout(&web, Duration::from_secs(5))?;
+            stream.write_all(&sent)?;
+            stream.local_addr()
+        })??;
+        let (client, read) = server.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        equal("the client", &client.to_string(), &own.to_string())?;
+        check(read == text, || format!("{} bytes of {}, or others", read.len(), text.len()))
+    })
 }
 
 fn with_cookies(hook: Hook) -> TestResult {
