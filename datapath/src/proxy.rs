@@ -220,3 +220,49 @@ fn units(bytes: u32, scale: u32) -> u32 {
     let scale = scale & 15;
     (bytes + (1 << scale) - 1) >> scale
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const N: u32 = 28;
+
+    #[test]
+    fn what_comes_before_the_first_byte() {
+        let of = |offset: u32, flags, empty| place(offset, flags, empty, 5, N);
+        let (minus, probe) = (N.wrapping_neg(), u32::MAX);
+        assert_eq!(of(probe, tcp::ACK, true), Placed { header: true, by: minus + 1, bare: minus });
+        assert_eq!(of(probe, tcp::ACK, false), Placed { header: false, by: minus, bare: minus });
+        assert_eq!(of(probe - 9, tcp::ACK, true), Placed { header: false, by: minus, bare: minus });
+        // Where the server is; and no header goes with a packet that no server takes.
+        assert_eq!(of(0, tcp::RST | tcp::ACK, true), Placed { header: false, by: minus + 5, bare: minus + 5 });
+        assert_eq!(of(0, tcp::FIN, true), Placed { header: false, by: 0, bare: 0 });
+    }
+
+    proptest! {
+        /// Each byte of the client, whatever it comes in, is the same one to the server: the one as far behind the header as it is from the first.
+        #[test]
+        fn bytes_stay_in_their_places(
+            offset in prop_oneof![Just(0u32), 0..100u32, any::<u32>()], fin: bool, empty: bool, has in 0..=N, n in prop_oneof![Just(28u32), Just(52)],
+        ) {
+            let offset = offset & 0x7fff_ffff;
+            let flags = tcp::ACK | if fin { tcp::FIN } else { 0 };
+            let placed = place(offset, flags, empty, has, n);
+            prop_assert_eq!(placed.header, offset == 0);
+            // Behind the header, as the packet goes on.
+            let first = |by: u32| offset.wrapping_add(n).wrapping_add(by);
+            let header = if placed.header { n } else { 0 };
+            prop_assert_eq!(first(placed.by).wrapping_add(header), n + offset);
+            prop_assert_eq!(first(placed.bare), n + offset);
+            prop_assert_eq!(first(placed.by), if placed.header { 0 } else { n + offset });
+        }
+
+        /// Windows are taken away in whole units, never too few.
+        #[test]
+        fn windows_leave_room(bytes in 0..=52u32, scale in 0..=14u32) {
+            let taken = units(bytes, scale) << scale;
+            prop_assert!(taken >= bytes && taken < bytes + (1 << scale));
+        }
+    }
+}
