@@ -41,7 +41,7 @@ pub enum Query {
         #[arg(long)]
         json: bool,
     },
-    /// Rate limits and SYN cookies of services
+    /// Rate limits, SYN cookies and PROXY headers of services
     #[command(subcommand)]
     Service(service::Args),
     /// Show or change a setting of the whole director: the kernel's net.ipv4.vs.* by their names

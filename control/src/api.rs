@@ -313,6 +313,11 @@ pub enum Command {
         service: ServiceId,
         defence: Defence,
     },
+    /// Whether its real servers are told of their clients by PROXY headers, version 2.
+    Proxy {
+        service: ServiceId,
+        on: bool,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

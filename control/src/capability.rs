@@ -111,6 +111,7 @@ impl Capabilities {
             | Command::SetTimeouts(_)
             | Command::Set(..)
             | Command::Defend(..)
+            | Command::Proxy(..)
             | Command::StopDaemon(_) => Ok(()),
         }
     }

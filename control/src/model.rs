@@ -27,6 +27,8 @@ pub struct Service {
     /// Sources for FULLNAT.
     pub local_addresses: BTreeSet<IpAddr>,
     pub defence: Defence,
+    /// Its real servers are told of their clients by PROXY headers, version 2.
+    pub proxy: bool,
     /// When it was added, in commands: the order of [`Model::services_by_age`].
     age: u64,
     dests: DestList,
@@ -72,7 +74,7 @@ impl DestList {
     }
 }
 
-/// Do replies of a real server by this method come by the director? Without them SYN cookies can't be.
+/// Do replies of a real server by this method come by the director? Without them neither SYN cookies nor PROXY headers can be.
 pub fn takes_cookies(method: FwdMethod) -> bool {
     matches!(method, FwdMethod::Masq | FwdMethod::Fullnat)
 }
@@ -177,6 +179,7 @@ impl Model {
                 Ok(Change::LocalAddressRemoved { service: *key, addr: *addr })
             }
             Command::Defend(key, defence) => self.defend(*key, *defence),
+            Command::Proxy(key, on) => self.proxy(*key, *on),
         }
     }
 
@@ -209,6 +212,11 @@ impl Model {
                     service.defence = before;
                 }
             }
+            Change::ProxySet { service, before } => {
+                if let Some(service) = self.services.get_mut(&service) {
+                    service.proxy = before;
+                }
+            }
             Change::LocalAddressAdded { service, addr } => {
                 if let Some(service) = self.services.get_mut(&service) {
                     service.local_addresses.remove(&addr);
@@ -235,6 +243,7 @@ impl Model {
             config,
             local_addresses: BTreeSet::new(),
             defence: Defence::default(),
+            proxy: false,
             age,
             dests: DestList::default(),
         };
@@ -257,6 +266,7 @@ impl Model {
         self.existing(&key)?;
         self.check_family(&key, &dest)?;
         check_dest(&dest)?;
+        check_proxied(self.existing(&key)?.proxy, &dest)?;
         let dest = with_forced_port(&key, dest);
         if self.existing(&key)?.dest(&dest.key).is_some() {
             return Err(CommandError::DestExists);
@@ -276,6 +286,7 @@ impl Model {
         self.existing(&key)?;
         self.check_family(&key, &dest)?;
         check_dest(&dest)?;
+        check_proxied(self.existing(&key)?.proxy, &dest)?;
         let dest = with_forced_port(&key, dest);
         let before = self.existing(&key)?.dests.replace(dest).ok_or(CommandError::NoSuchDest)?;
         Ok(Change::DestEdited { service: key, before })
@@ -375,6 +386,18 @@ impl Model {
         Ok(Change::Defended { service: key, before })
     }
 
+    fn proxy(&mut self, key: ServiceKey, on: bool) -> Result<Change, CommandError> {
+        let service = self.existing(&key)?;
+        if on {
+            if !matches!(key, ServiceKey::Virtual { proto: Proto::Tcp, .. }) {
+                return Err(CommandError::ProxyNotTcp);
+            }
+            service.dests().try_for_each(|dest| check_proxied(true, dest))?;
+        }
+        let before = std::mem::replace(&mut service.proxy, on);
+        Ok(Change::ProxySet { service: key, before })
+    }
+
     fn existing(&mut self, key: &ServiceKey) -> Result<&mut Service, CommandError> {
         self.services.get_mut(key).ok_or(CommandError::NoSuchService)
     }
@@ -465,6 +488,11 @@ fn resolve(key: &ServiceKey, spec: &ServiceSpec) -> Result<ServiceConfig, Comman
         engine,
         one_packet: spec.one_packet,
     })
+}
+
+/// A server that waits for a header must get it from every director's packet.
+fn check_proxied(proxy: bool, dest: &Dest) -> Result<(), CommandError> {
+    if proxy && !takes_cookies(dest.method) { Err(CommandError::ProxyOneWay(dest.key.addr)) } else { Ok(()) }
 }
 
 /// Checks that adding and editing share (`ip_vs_add_dest`, `ip_vs_edit_dest`).

@@ -92,7 +92,7 @@ struct Placed {
 impl Placed {
     /// How the data plane forwards to a dest of it.
     fn method_bits(&self, dest: &Dest) -> u32 {
-        method_bits(dest.method, self.record.cookies != 0)
+        method_bits(dest.method, self.record.cookies != 0, self.record.flags & service_flag::PROXY != 0)
     }
 }
 
@@ -208,7 +208,9 @@ impl Planner {
             Change::LocalAddressAdded { service, .. } | Change::LocalAddressRemoved { service, .. } => {
                 self.relocate(model, *service, now_ms, &mut step)
             }
-            Change::Defended { service, .. } => self.defend(model, *service, now_ms, &mut step),
+            Change::Defended { service, .. } | Change::ProxySet { service, .. } => {
+                self.defend(model, *service, now_ms, &mut step)
+            }
         };
         match done {
             Ok(()) => Ok(step),
@@ -348,7 +350,8 @@ impl Planner {
         Ok(())
     }
 
-    /// Rate limits and SYN cookies. With cookies, connections by NAT have sequence numbers of their own: another method, to the data plane.
+    /// Rate limits, SYN cookies, PROXY headers. With the last two, connections by NAT have sequence numbers of their own: another method, to the
+    /// data plane.
     fn defend(&mut self, model: &Model, key: ServiceKey, now_ms: u64, step: &mut Step) -> Result<(), PlanError> {
         let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
             return Ok(());
@@ -533,7 +536,7 @@ impl Planner {
     }
 
     fn has_method(&self, index: u32, bits: u32) -> bool {
-        let method = |out: u64| out as u32 & (flag::METHOD | flag::OWN);
+        let method = |out: u64| out as u32 & (flag::METHOD | flag::OWN | flag::PROXY);
         self.dests.get(&index).is_some_and(|m| method(m.record.out) == bits)
     }
 

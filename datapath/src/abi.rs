@@ -243,6 +243,8 @@ pub mod service {
     pub const NONLOCAL: u32 = 32;
     /// Its cookies work: replies of all its dests come by here.
     pub const ASKS: u32 = 64;
+    /// Its real servers are told of their clients by PROXY headers (`proxy`).
+    pub const PROXY: u32 = 128;
 }
 
 /// A virtual service. The first 32 bytes are what a new connection reads.
@@ -363,6 +365,8 @@ pub mod dest {
     pub const V6: u32 = 32;
     /// With [`FULLNAT`]: what flows are lent is their client's own address and port. That is NAT, with sequence numbers of its own.
     pub const OWN: u32 = 64;
+    /// With [`FULLNAT`]: its clients are told of by PROXY headers (`proxy`).
+    pub const PROXY: u32 = 128;
 }
 
 /// A dest (real server of one service), what each packet reads.
@@ -388,6 +392,11 @@ impl Dest {
     #[inline(always)]
     pub fn lends_own(&self) -> bool {
         self.out as u32 & dest::OWN != 0
+    }
+    /// Is it told of its clients by PROXY headers?
+    #[inline(always)]
+    pub fn proxied(&self) -> bool {
+        self.out as u32 & dest::PROXY != 0
     }
 }
 

@@ -27,6 +27,7 @@ use crate::icmp::{Answer, Error};
 use crate::limits;
 use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::{Way, sctp, tcp};
+use crate::proxy;
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
@@ -198,11 +199,12 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::TimeExceeded => error(p, t, flow, Error::TimeExceeded, 0),
         Stage::PortUnreachable => error(p, t, flow, Error::PortUnreachable, 0),
         Stage::TooBig => error(p, t, flow, Error::TooBig, number),
-        Stage::Challenge => cookie::challenge(p, t, flow),
+        Stage::Challenge => cookie::challenge(p, t, flow, number),
         Stage::Knock => cookie::knock(p, t, flow, number),
         Stage::Fullnat => fullnat::request(p, t, flow, number),
         Stage::Introduce => fullnat::introduce(p, t, flow, number),
         Stage::FullnatReply => fullnat::reply(p, t, flow, number),
+        Stage::Announce => proxy::announce(p, t, flow, number),
         Stage::ReplyOptions => fullnat::reply_options(p, t, flow, number),
         Stage::FullnatSend => fullnat::send(p, t, flow, number),
         _ => open(t, flow, stage, number),
@@ -632,6 +634,10 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
 /// The real server is this host: up, translated if it listens elsewhere.
 #[inline(always)]
 fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) -> Verdict {
+    if d.proxied() {
+        // It would wait for a header that does not come.
+        return drop(Reason::ProxyLocal);
+    }
     if masq {
         let (address, port) = server(flow, d);
         if I::martian(address) {

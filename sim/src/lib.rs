@@ -5,6 +5,7 @@
 mod hosts;
 mod packet;
 mod rng;
+pub mod streams;
 
 use hosts::{Client, Server};
 use packet::Seen;

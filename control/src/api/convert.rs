@@ -45,6 +45,7 @@ impl TryFrom<Command> for model::Command {
                 Self::Set(name, value)
             }
             Command::Defend { service, defence } => Self::Defend(service.into(), defence.into()),
+            Command::Proxy { service, on } => Self::Proxy(service.into(), on),
         })
     }
 }
@@ -146,7 +147,9 @@ impl From<&CommandError> for Refusal {
             | CommandError::Setting(_)
             | CommandError::NotMulticast(_)
             | CommandError::CookiesNotTcp
-            | CommandError::CookiesOneWay(_) => Code::Invalid,
+            | CommandError::CookiesOneWay(_)
+            | CommandError::ProxyNotTcp
+            | CommandError::ProxyOneWay(_) => Code::Invalid,
         };
         Refusal::new(code, error.to_string())
     }

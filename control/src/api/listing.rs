@@ -73,7 +73,7 @@ pub fn local_addresses(model: &Model, service: Option<ServiceKey>) -> impl Itera
     })
 }
 
-/// How services defend themselves, of one or of all. `work`: do its cookies?
+/// What services have that `ipvsadm` does not know of, of one or of all. `work`: do its cookies?
 pub fn defences(
     model: &Model,
     service: Option<ServiceKey>,
@@ -84,6 +84,7 @@ pub fn defences(
         service: (*key).into(),
         defence: service.defence.into(),
         cookies_work: work(key),
+        proxy: service.proxy,
     })
 }
 

@@ -167,6 +167,8 @@ pub struct DefenceRow {
     pub defence: Defence,
     /// Can cookies be used with all its real servers? (Not with one by direct routing or a tunnel, and not with the director itself.)
     pub cookies_work: bool,
+    /// Are its real servers told of their clients by PROXY headers, version 2?
+    pub proxy: bool,
 }
 
 /// A setting of the whole director, as it is.

@@ -73,6 +73,7 @@ fn commands() -> Vec<Command> {
         Command::AddLocalAddress { service, addr },
         Command::DelLocalAddress { service, addr },
         Command::Defend { service, defence: Defence { cookies_above: Some(5), rate: 6, source_rate: 7 } },
+        Command::Proxy { service, on: true },
     ]
 }
 

@@ -56,6 +56,8 @@ pub enum Command {
     DelLocalAddress(ServiceKey, IpAddr),
     /// Rate limits and SYN cookies.
     Defend(ServiceKey, Defence),
+    /// Whether its real servers are told of their clients by PROXY headers.
+    Proxy(ServiceKey, bool),
 }
 
 /// What a command changed, with what was there before: enough to write maps without looking at other services, and to
@@ -77,6 +79,7 @@ pub enum Change {
     LocalAddressAdded { service: ServiceKey, addr: IpAddr },
     LocalAddressRemoved { service: ServiceKey, addr: IpAddr },
     Defended { service: ServiceKey, before: Defence },
+    ProxySet { service: ServiceKey, before: bool },
 }
 
 /// A dest that was taken out, with its place in the kernel's list.
@@ -159,6 +162,10 @@ pub enum CommandError {
     CookiesNotTcp,
     #[error("SYN cookies are for real servers by NAT and full NAT, whose replies come by here: {0} is not one")]
     CookiesOneWay(IpAddr),
+    #[error("PROXY headers are for TCP services with an address")]
+    ProxyNotTcp,
+    #[error("PROXY headers are for real servers by NAT and full NAT, whose replies come by here: {0} is not one")]
+    ProxyOneWay(IpAddr),
     /// ENOMEM
     #[error("no room for another {what}: the limit is {max}")]
     Full { what: &'static str, max: usize },

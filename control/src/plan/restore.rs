@@ -138,6 +138,8 @@ impl Planner {
             source_rate: s.record.source_rate,
         };
         model.apply(&Command::Defend(key, defence), &Accepted).map_err(|e| wrong(e.to_string()))?;
+        let proxy = s.record.flags & service_flag::PROXY != 0;
+        model.apply(&Command::Proxy(key, proxy), &Accepted).map_err(|e| wrong(e.to_string()))?;
         let dests_there = BTreeMap::new();
         let list = s.list.clone();
         let mut placed = Placed { index: s.index, record: s.record, list, run, table, locals, dests: dests_there };

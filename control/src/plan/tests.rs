@@ -182,6 +182,7 @@ impl World {
                 source_rate: record.source_rate,
             };
             assert_eq!(defence, service.defence);
+            assert_eq!(record.flags & service_flag::PROXY != 0, service.proxy);
             let replies_come_by = list.iter().all(|e| self.maps.dests[&e.dest].lends());
             assert_eq!(record.asks(), record.cookies != 0 && replies_come_by);
             assert_eq!(self.planner.asks(key), record.asks());
@@ -190,7 +191,8 @@ impl World {
                 let there = self.maps.dests[&entry.dest];
                 assert_eq!((there.address, there.port), (bytes(dest.key.addr).into(), dest.key.port));
                 let cookies = service.defence.cookies_above.is_some();
-                assert_eq!(there.out as u32 & (flag::METHOD | flag::OWN), method_bits(dest.method, cookies));
+                let bits = there.out as u32 & (flag::METHOD | flag::OWN | flag::PROXY);
+                assert_eq!(bits, method_bits(dest.method, cookies, service.proxy));
                 assert_ne!(there.out as u32 & flag::AVAILABLE, 0);
                 assert_eq!(entry.weight, dest.weight);
                 assert_eq!(self.maps.info[&entry.dest].weight, dest.weight);
@@ -260,6 +262,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         3 => (key(), prop::option::of(0u32..3), 0u32..3).prop_map(|(k, cookies_above, rate)| {
             Command::Defend(k, Defence { cookies_above, rate, source_rate: 7 })
         }),
+        2 => (key(), any::<bool>()).prop_map(|(k, on)| Command::Proxy(k, on)),
         1 => Just(Command::Flush),
         1 => (0u32..5).prop_map(|n| Command::Set("drop_packet".into(), n)),
         1 => (1u32..5000).prop_map(|udp_s| Command::SetTimeouts(Timeouts { tcp_s: 0, tcp_fin_s: 0, udp_s })),

@@ -2,6 +2,7 @@
 
 use super::Way;
 use crate::conn::{Row, Timeouts, class};
+use crate::csum::Delta;
 use crate::packet::{Ip, Packet, Window};
 
 pub const NONE: u64 = 0;
@@ -35,6 +36,7 @@ pub const FIN: u8 = 0x01;
 pub const SYN: u8 = 0x02;
 pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
+pub const URG: u8 = 0x20;
 
 /// Sequence number, acknowledged number and header length of a TCP segment, whose options can be reached then.
 #[inline(always)]
@@ -42,6 +44,16 @@ pub fn numbers<I: Ip, P: Packet>(p: &mut P) -> Option<(u32, u32, u32)> {
     p.reach(I::L4 + 60);
     let w = p.window(I::L4 + 20)?;
     Some((u32::from_be(w.r32(I::L4 + 4)), u32::from_be(w.r32(I::L4 + 8)), u32::from(w.r8(I::L4 + 12) >> 4) * 4))
+}
+
+/// Add to a segment's sequence number. What that changes in its sum.
+#[inline(always)]
+pub fn renumber<I: Ip, P: Packet>(p: &mut P, by: u32) -> Option<Delta> {
+    let mut w = p.window(I::L4 + 20)?;
+    let old = w.r32(I::L4 + 4);
+    let new = u32::from_be(old).wrapping_add(by).to_be();
+    w.w32(I::L4 + 4, new);
+    Some(Delta::default().replace(old, new))
 }
 
 /// `tcp_timeouts[]`; `--set` changes ESTABLISHED and FIN_WAIT. Active are ESTABLISHED, SYN_SENT, SYN_RECV and SYNACK

@@ -46,7 +46,11 @@ fn syn_cookies(hook: Hook) -> TestResult {
         http(&lab, web, 4).map_err(|why| format!("{method}: {why:?}, verdicts {:?}", rvs.verdicts()))?;
         rvs.rvs(&format!("service set tcp {web} --syn-cookies always"))?;
         let shown = rvs.rvs(&format!("service show tcp {web}"))?;
-        equal("the service", &shown, &format!("tcp {web}  syn-cookies always  rate off  source-rate off\n"))?;
+        equal(
+            "the service",
+            &shown,
+            &format!("tcp {web}  syn-cookies always  rate off  source-rate off  proxy off\n"),
+        )?;
         let before = rvs.verdicts()?;
         let (over, sent) = (AtomicBool::new(false), AtomicU64::new(0));
         // A flood of SYNs, and honest clients all the while.
@@ -202,7 +206,7 @@ fn rate_limits(hook: Hook) -> TestResult {
         check(rvs.verdicts()?.since(&before).of(reason) == 0, || format!("{option} 0 is a limit still"))?;
     }
     rvs.rvs(&format!("service set tcp {web} --rate 1000 --source-rate 50"))?;
-    let due = format!("tcp {web}  syn-cookies off  rate 1000  source-rate 50\n");
+    let due = format!("tcp {web}  syn-cookies off  rate 1000  source-rate 50  proxy off\n");
     equal("the service", &rvs.rvs("service show")?, &due)?;
     // What was set is in the maps, and so with whoever takes them over.
     rvs.kill();
