@@ -45,6 +45,7 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         Reason::ProxyLocal => {
             "take the director itself out of the service's real servers, or turn PROXY headers off: rvs service set --proxy off"
         }
+        Reason::DropPacket => "memory is short (rvs set amemthresh), or drop_packet is 3: rvs set drop_packet",
         Reason::SourceRate | Reason::ServiceRate => "see rvs service show, and raise the limit: rvs service set",
         Reason::NoConnection => {
             "the connection timed out (ipvsadm --set), or was made through another director; a new one of TCP begins with --flags syn"

@@ -23,10 +23,10 @@ use serde::{Deserialize, Serialize};
 
 pub use convert::BadCommand;
 pub use frame::{DecodeError, FrameError, LineDecoder, decode_request, decode_response, encode};
-pub use listing::{Chunks, Counters, DestCounters, daemons, defences, in_chunks, list, local_addresses};
+pub use listing::{Chunks, Counters, DestCounters, daemons, defences, in_chunks, list, local_addresses, settings};
 pub use rows::{
     ConnOrigin, ConnRow, CpuStats, DaemonRow, DefenceRow, DestRow, DropRow, EngineData, ListRow, LocalAddressRow,
-    Rates, ServiceRow, Stats, StatsReport, Status, conn_state_name,
+    Rates, ServiceRow, SettingRow, Stats, StatsReport, Status, conn_state_name,
 };
 pub use seen::{Connection, Frame, Outcome, Probe, ProbeProto, TracedRow, WhyDest, WhyRow};
 
@@ -76,6 +76,8 @@ pub enum RequestBody {
     /// All connections; answered by [`ResponseBody::Connections`] chunks.
     Connections,
     Timeouts,
+    /// The settings of the whole director.
+    Settings,
     Daemons,
     /// Drop reasons with their counters.
     Drops,
@@ -290,6 +292,11 @@ pub enum Command {
         service: Option<ServiceId>,
     },
     SetTimeouts(Timeouts),
+    /// A setting of the whole director: [`crate::settings`].
+    Set {
+        name: String,
+        value: u32,
+    },
     StartDaemon(DaemonSpec),
     StopDaemon {
         role: DaemonRole,
@@ -342,6 +349,7 @@ pub enum ResponseBody {
     List(Vec<ListRow>),
     Connections(Vec<ConnRow>),
     Timeouts(Timeouts),
+    Settings(Vec<SettingRow>),
     Daemons(Vec<DaemonRow>),
     Drops(Vec<DropRow>),
     Stats(Box<StatsReport>),

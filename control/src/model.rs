@@ -18,6 +18,7 @@ pub use types::{
 };
 
 use crate::limits;
+use crate::settings::Settings;
 
 /// A virtual service with its dests.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,6 +86,7 @@ pub struct Model {
     /// Services by age, oldest first.
     by_age: BTreeMap<u64, ServiceKey>,
     timeouts: Timeouts,
+    settings: Settings,
     master: Option<SyncDaemon>,
     backup: Option<SyncDaemon>,
     dest_count: usize,
@@ -125,6 +127,15 @@ impl Model {
         self.timeouts
     }
 
+    pub fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// So much memory is free now: settings that wait for it to be short act, or no longer.
+    pub fn see_memory(&mut self, free_pages: u64) {
+        self.settings = self.settings.seen(free_pages);
+    }
+
     pub fn daemon(&self, role: DaemonRole) -> Option<&SyncDaemon> {
         match role {
             DaemonRole::Master => self.master.as_ref(),
@@ -149,6 +160,11 @@ impl Model {
                 Ok(Change::Zeroed(Some(*key)))
             }
             Command::SetTimeouts(timeouts) => self.set_timeouts(*timeouts),
+            Command::Set(name, value) => {
+                let before = self.settings;
+                self.settings = before.with(name, *value)?;
+                Ok(Change::SettingChanged { before })
+            }
             Command::StartDaemon(spec) => self.start_daemon(spec, env),
             Command::StopDaemon(role) => {
                 let was = self.daemon_slot(*role).take().ok_or(CommandError::NoDaemon)?;
@@ -188,6 +204,7 @@ impl Model {
             Change::Flushed(services) => services.into_iter().for_each(|(key, service)| self.put_service(key, service)),
             Change::Zeroed(_) => {}
             Change::TimeoutsSet { before } => self.timeouts = before,
+            Change::SettingChanged { before } => self.settings = before,
             Change::DaemonStarted(role) => *self.daemon_slot(role) = None,
             Change::DaemonStopped { role, was } => *self.daemon_slot(role) = Some(was),
             Change::Defended { service, before } => {

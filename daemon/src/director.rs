@@ -224,10 +224,25 @@ impl Director {
         self.dataplane.maps.apply(&step.ops)
     }
 
+    /// Settings that wait for memory to be short act, or no longer.
+    fn see_memory(&mut self) -> Result<(), BpfError> {
+        // Without it, what was known last goes on holding.
+        let Ok(free_pages) = rvs_sys::memory::free_pages() else { return Ok(()) };
+        let before = self.model.settings();
+        self.model.see_memory(free_pages);
+        let after = self.model.settings();
+        if (after.level(), after.values()) == (before.level(), before.values()) {
+            return Ok(());
+        }
+        let step = self.planner.settings(&self.model);
+        self.dataplane.maps.apply(&step.ops)
+    }
+
     /// Once a second: what is out of use long enough becomes free.
     pub fn tick(&mut self) -> Result<(), BpfError> {
         let now_ms = self.now_ms();
         self.dataplane.tidy()?;
+        self.see_memory()?;
         self.planner.tick(now_ms);
         let trashed: BTreeSet<u32> = self.planner.trashed().collect();
         self.idle_since.retain(|index, _| trashed.contains(index));

@@ -278,6 +278,7 @@ reasons! {
     ProxyLocal "proxy_local" Drop "a PROXY header is to come first, which a real server that is this host can't be sent";
     SourceRate "source_rate" Drop "more new connections from this client in a second than its service allows";
     ServiceRate "service_rate" Drop "more new connections in a second than the service allows";
+    DropPacket "drop_packet" Drop "one of so many new connections while memory is short, as the setting drop_packet says";
     DestGone "dest_gone" Drop "the connection's real server was removed";
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
     NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";

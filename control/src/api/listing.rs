@@ -4,7 +4,7 @@ use std::iter::Peekable;
 
 use super::{
     Code, DaemonRow, DefenceRow, DestRow, Filter, ListRow, LocalAddressRow, Rates, Refusal, Response, ResponseBody,
-    ServiceRow, Stats,
+    ServiceRow, SettingRow, Stats,
 };
 use crate::limits;
 use crate::model::{DaemonRole, Dest, DestKey, Model, Service, ServiceKey};
@@ -86,6 +86,18 @@ pub fn defences(
         cookies_work: work(key),
         proxy: service.proxy,
     })
+}
+
+/// All settings of the whole director.
+pub fn settings(model: &Model) -> Vec<SettingRow> {
+    let row = |(number, s): (usize, crate::settings::Setting)| SettingRow {
+        name: s.name.to_owned(),
+        value: model.settings().get(number),
+        default: s.default,
+        most: s.most,
+        text: s.text.to_owned(),
+    };
+    crate::settings::ALL.into_iter().enumerate().map(row).collect()
 }
 
 /// The lines of an answer made of rows: at most [`limits::ROWS_PER_CHUNK`] rows each, the last one marked; no rows are

@@ -6,6 +6,7 @@ use super::Service;
 use super::types::{
     DaemonRole, Defence, Dest, DestKey, Granularity, SchedFlags, ServiceConfig, ServiceKey, SyncDaemon, Timeouts,
 };
+use crate::settings::{SettingError, Settings};
 
 /// A service as a command describes it. Names are still text: whether a scheduler exists is found out after whether
 /// the service does (`ip_vs_genl_set_cmd`).
@@ -46,6 +47,8 @@ pub enum Command {
     Zero(Option<ServiceKey>),
     /// 0 leaves a timeout as it is.
     SetTimeouts(Timeouts),
+    /// A setting of the whole director, by its name.
+    Set(String, u32),
     StartDaemon(DaemonSpec),
     StopDaemon(DaemonRole),
     /// Puts an address into the pool that FULLNAT takes its sources from.
@@ -70,6 +73,7 @@ pub enum Change {
     Flushed(Vec<(ServiceKey, Service)>),
     Zeroed(Option<ServiceKey>),
     TimeoutsSet { before: Timeouts },
+    SettingChanged { before: Settings },
     DaemonStarted(DaemonRole),
     DaemonStopped { role: DaemonRole, was: SyncDaemon },
     LocalAddressAdded { service: ServiceKey, addr: IpAddr },
@@ -133,6 +137,9 @@ pub enum CommandError {
     /// EINVAL
     #[error("timeout of {0} seconds is out of range")]
     BadTimeout(u32),
+    /// ENOENT or EINVAL
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     /// ENODEV
     #[error("there is no interface called `{0}`")]
     NoSuchInterface(String),

@@ -11,6 +11,7 @@ use crate::model::{
     Command, Defence, Env, FwdMethod, Granularity, Proto, SchedFlags, ServiceSpec, Timeouts, Tunnel, TunnelChecksum,
     TunnelKind,
 };
+use crate::settings::Settings;
 
 struct Host;
 impl Env for Host {
@@ -40,11 +41,12 @@ struct Maps {
     hops: BTreeMap<u32, abi::Hop>,
     quiesced: BTreeSet<u32>,
     timeouts: [u32; 3],
+    settings: [u32; abi::SETTINGS_MAX],
 }
 
 impl Maps {
     fn new() -> Self {
-        Maps { timeouts: [900, 120, 300], ..Maps::default() }
+        Maps { timeouts: [900, 120, 300], settings: Settings::default().values(), ..Maps::default() }
     }
 
     fn apply(&mut self, ops: &[MapOp]) {
@@ -84,6 +86,7 @@ impl Maps {
                 MapOp::Quiesced { index, quiesced: false } => drop(self.quiesced.remove(index)),
                 MapOp::Hop { index, value } => drop(self.hops.insert(*index, *value)),
                 MapOp::Timeouts(t) => self.timeouts = [t.tcp, t.tcp_fin, t.udp],
+                MapOp::Settings(s) => self.settings = s.values(),
                 MapOp::StatsIn { .. } | MapOp::StatsOut { .. } | MapOp::Zero { .. } => {}
             }
         }
@@ -113,6 +116,7 @@ impl Maps {
                 .collect(),
             hops: self.hops.iter().map(|(i, h)| (*i, *h)).collect(),
             timeouts_s: self.timeouts,
+            settings: self.settings,
         }
     }
 }
@@ -260,6 +264,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         }),
         2 => (key(), any::<bool>()).prop_map(|(k, on)| Command::Proxy(k, on)),
         1 => Just(Command::Flush),
+        1 => (0u32..5).prop_map(|n| Command::Set("drop_packet".into(), n)),
         1 => (1u32..5000).prop_map(|udp_s| Command::SetTimeouts(Timeouts { tcp_s: 0, tcp_fin_s: 0, udp_s })),
     ]
 }
