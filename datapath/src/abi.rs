@@ -513,8 +513,8 @@ pub const SCRATCH_WORDS: usize = 64;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Trace {
-    /// A bit for each [`crate::verdict::Reason`].
-    pub reasons: u64,
+    /// A bit for each [`crate::verdict::Reason`], the low ones first.
+    pub reasons: [u64; 2],
     /// Source or destination, of `family`, under the mask; a mask of 0: any.
     pub address: [u8; 16],
     pub mask: [u8; 16],
@@ -576,7 +576,7 @@ const _: () = {
     assert!(size_of::<Stats>() == 40);
     assert!(size_of::<CpuStats>() == 64);
     assert!(size_of::<Hop>() == 16);
-    assert!(size_of::<Trace>() == 8 + 32 + 4 + 4);
+    assert!(size_of::<Trace>() == 16 + 32 + 4 + 4);
     assert!(size_of::<Traced>() == 32);
     assert!(size_of::<TraceRoom>() == 8 + 32 + TRACE_BYTES);
 };
