@@ -532,7 +532,8 @@ fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, ind
     }
     if d.lends() {
         if flow.part.is_later() {
-            return drop(Reason::FragmentLent);
+            // (The first one went another way: the method was changed.)
+            return drop(Reason::Entering);
         }
         t.keep(flow);
         return match ct::lookup::<I, _>(I::conns(t).table(), &flow.key) {
@@ -721,7 +722,7 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
             return None;
         }
         t.count_out(note.dest, flow.len);
-        let from = I::from_pair(note.virtual_address);
+        let from = I::from_pair(note.source);
         let done = xmit::translate_any::<I, _>(p, &flow, End::Source, from, 0, false);
         return Some(if done { Verdict::new(Action::Up, Reason::MasqReply) } else { drop(Reason::Internal) });
     }
@@ -731,8 +732,8 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     }
     let reply = conn::follow::<I, _>(c, &flow.key, &reverse)?;
     if flow.part.is_first()
-        && let from = (reply.virtual_address, reply.virtual_port)
-        && let Some(reason) = fragments::note(t, &flow, conn::dest(reply.forward.control), Some(from))
+        && let note = fragments::reply_note::<I>(conn::dest(reply.forward.control), reply.virtual_address, None)
+        && let Some(reason) = fragments::note(t, &flow, note, reply.virtual_port)
     {
         return Some(drop(reason));
     }
