@@ -11,6 +11,7 @@ mod layouts;
 mod operations;
 mod paths;
 mod plain;
+mod proxied;
 mod restart;
 mod scale;
 mod sctp;
@@ -41,6 +42,7 @@ fn main() {
         sctp::tests(),
         bad_input::tests(),
         defence::tests(),
+        proxied::tests(),
         scale::tests(),
         seen::tests(),
     ];
