@@ -336,15 +336,17 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
         // (A real server that is this host has none.)
         Some(hop) if hop.ifindex != 0 && flow.ttl > 1 => {
             t.count_in(index, flow.len);
+            // The cheapest first: what they cost is what most packets cost.
             match flags & dest::METHOD {
-                dest::TUNNEL => return Verdict::go(Stage::Tunnel, index),
+                dest::ROUTE | dest::LOCAL_NODE => rewrite(p, flow, d, false, hop),
+                dest::MASQ => rewrite(p, flow, d, true, hop),
+                dest::TUNNEL => Verdict::go(Stage::Tunnel, index),
                 dest::FULLNAT => {
                     t.keep(flow);
-                    return Verdict::go(Stage::Fullnat, hit.slot::<I>());
+                    Verdict::go(Stage::Fullnat, hit.slot::<I>())
                 }
-                _ => {}
+                _ => drop(Reason::Internal),
             }
-            rewrite(p, flow, d, flags & dest::METHOD == dest::MASQ, hop)
         }
         _ => {
             cold_path();
