@@ -48,8 +48,7 @@ pub fn counts(object: &[u8]) -> Result<Vec<Count>> {
                 all.push(rig.count(reply, Frame::Reply, REDIRECT)?);
             }
             all.push(rig.count(first, Frame::FirstFragment, TX)?);
-            let due = if method == Method::Fullnat { DROP } else { TX };
-            all.push(rig.count(later, Frame::LaterFragment, due)?);
+            all.push(rig.count(later, Frame::LaterFragment, TX)?);
             if method == Method::Dr {
                 for (name, what, due) in OTHERS {
                     all.push(rig.count(name, what, due)?);
@@ -81,7 +80,7 @@ fn names(method: Method) -> [&'static str; 5] {
             "hit, FULLNAT, request",
             "hit, FULLNAT, reply",
             "first fragment, FULLNAT, request",
-            "later fragment, FULLNAT, request (dropped)",
+            "later fragment, FULLNAT, request",
         ],
     }
 }
