@@ -72,6 +72,9 @@ pub trait Packet {
     /// The outer headers are written: `n` bytes behind the Ethernet header.
     #[inline(always)]
     fn wrapped<I: Ip>(&mut self, _n: usize) {}
+    /// Take `n` bytes out, between the Ethernet header, which is to be written anew afterwards, and the rest. False: it can't be done, and
+    /// nothing is changed.
+    fn strip(&mut self, n: usize) -> bool;
     /// Cut the packet to `len` bytes.
     fn cut(&mut self, len: usize) -> bool;
 }

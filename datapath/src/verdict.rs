@@ -73,6 +73,8 @@ pub enum Stage {
     ErrorLent = 25,
     /// A real server's reply (NAT) with IPv4 options or IPv6 extension headers.
     FarReply = 26,
+    /// An ICMP error about the outer packet of a tunnel.
+    ErrorOuter = 27,
     /// A SYN that is answered with a cookie.
     Challenge = 28,
     /// What brings a cookie back, or comes before the server has answered: see [`crate::cookie::knock`].
@@ -153,6 +155,7 @@ impl Verdict {
             23 => Stage::Fragment,
             24 => Stage::Note,
             25 => Stage::ErrorLent,
+            27 => Stage::ErrorOuter,
             28 => Stage::Challenge,
             29 => Stage::Knock,
             _ => Stage::FarReply,
