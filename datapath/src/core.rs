@@ -145,7 +145,7 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
                 Err(verdict) => verdict,
             };
         }
-        Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent => {
+        Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent | Stage::ErrorOuter => {
             return match I::find(p) {
                 Ok(place) => errors::related::<I, _, T>(&mut Far::<I, P>::new(p, place.by), t, place.by, stage, number),
                 Err(verdict) => verdict,
@@ -753,7 +753,7 @@ fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
     let (sent, limited) = match error {
         Error::TimeExceeded => (Reason::TtlExceeded, Reason::TtlLimited),
         Error::PortUnreachable => (Reason::NoDest, Reason::NoDestLimited),
-        Error::TooBig => (Reason::SentTooBig, Reason::TooBigLimited),
+        Error::TooBig | Error::Said(_) => (Reason::SentTooBig, Reason::TooBigLimited),
     };
     if !t.may_send_icmp() {
         return drop(limited);

@@ -341,6 +341,10 @@ impl<I: Ip, P: Frame> Packet for Far<'_, I, P> {
         self.p.cut(len)
     }
     #[inline(always)]
+    fn strip(&mut self, n: usize) -> bool {
+        self.p.strip(n)
+    }
+    #[inline(always)]
     fn reach(&mut self, len: usize) {
         self.p.reach(len + self.by.unwrap_or(0));
     }

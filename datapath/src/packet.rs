@@ -73,6 +73,9 @@ pub trait Packet {
     /// The outer headers are written: `n` bytes behind the Ethernet header.
     #[inline(always)]
     fn wrapped<I: Ip>(&mut self, _n: usize) {}
+    /// Take `n` bytes out, between the Ethernet header, which is to be written anew afterwards, and the rest. False: it can't be done, and
+    /// nothing is changed.
+    fn strip(&mut self, n: usize) -> bool;
     /// Cut the packet to `len` bytes.
     fn cut(&mut self, len: usize) -> bool;
 }
@@ -372,8 +375,9 @@ impl Ip for V6 {
     #[inline(always)]
     fn martian(source: [u64; 2]) -> bool {
         let multicast = source[0].to_ne_bytes()[0] == 0xff;
-        let (zero, one) = (source[0] == 0 && source[1] == 0, source[0] == 0 && source[1] == 1u64.to_be());
-        multicast || zero || one
+        // ::, ::1, and what is mapped from IPv4 (::ffff:0:0/96), which is in no packet (`ip6_rcv_core`).
+        let low = u64::from_be(source[1]);
+        multicast || source[0] == 0 && (low <= 1 || low >> 32 == 0xffff)
     }
     #[inline(always)]
     fn plain(w: &impl Window, frame_len: u32) -> Option<(u8, u32)> {

@@ -73,6 +73,8 @@ pub enum Stage {
     ErrorLent = 25,
     /// A real server's reply (NAT) with IPv4 options or IPv6 extension headers.
     FarReply = 26,
+    /// An ICMP error about the outer packet of a tunnel.
+    ErrorOuter = 27,
     /// A SYN that is answered with a cookie; the number is what its client's segments are to have room for.
     Challenge = 28,
     /// What brings a cookie back, or comes before the server has answered: see [`crate::cookie::knock`].
@@ -156,6 +158,7 @@ impl Verdict {
             23 => Stage::Fragment,
             24 => Stage::Note,
             25 => Stage::ErrorLent,
+            27 => Stage::ErrorOuter,
             28 => Stage::Challenge,
             29 => Stage::Knock,
             30 => Stage::Announce,

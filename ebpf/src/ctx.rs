@@ -279,6 +279,10 @@ impl Packet for Xdp<'_> {
         done
     }
     #[inline(always)]
+    fn strip(&mut self, n: usize) -> bool {
+        self.shrink_head(n)
+    }
+    #[inline(always)]
     fn cut(&mut self, len: usize) -> bool {
         let delta = len as i64 - (self.end - self.at) as i64;
         if delta >= 0 {

@@ -267,6 +267,13 @@ impl Packet for Skb {
             self.tell_sum(!u32::from(u16::from_ne_bytes([0, 1])));
         }
     }
+    #[inline(always)]
+    fn strip(&mut self, n: usize) -> bool {
+        // SAFETY: the context of this program.
+        let done = unsafe { bpf_skb_adjust_room(self.skb, -(n as i32), BPF_ADJ_ROOM_MAC, 0) } == 0;
+        self.reread();
+        done
+    }
     /// In one piece then, no longer to be cut into segments, and without a sum of the device's.
     #[inline(always)]
     fn cut(&mut self, len: usize) -> bool {

@@ -131,6 +131,9 @@ impl Packet for MemPacket {
         self.bytes.splice(0..0, std::iter::repeat_n(0xa5, n));
         true
     }
+    fn strip(&mut self, n: usize) -> bool {
+        self.shrink_head(n)
+    }
     fn cut(&mut self, len: usize) -> bool {
         let fits = len <= self.bytes.len();
         self.bytes.truncate(len);

@@ -106,7 +106,9 @@ pub fn director() -> Ns {
     for (net, family, bits) in [(Net::V4, "", 32), (Net::V6, "-6 ", 128)] {
         let known =
             |address, to, dev: &str| ns.ip(&format!("neigh add {address} lladdr {} dev {dev} nud permanent", mac(to)));
-        known(net.client(0).ip(), CLIENT_MAC, "lan");
+        for client in net.clients() {
+            known(client, CLIENT_MAC, "lan");
+        }
         known(net.vlan_client(0).ip(), CLIENT_MAC, &format!("vlan{LAN_VLAN}"));
         for number in SERVERS {
             known(net.server(number, 0).ip(), server_mac(number), "back");
