@@ -109,7 +109,9 @@ impl Capabilities {
             | Command::Flush
             | Command::Zero(_)
             | Command::SetTimeouts(_)
+            | Command::Set(..)
             | Command::Defend(..)
+            | Command::Proxy(..)
             | Command::StopDaemon(_) => Ok(()),
         }
     }

@@ -10,6 +10,7 @@
 //! then a dest that is added again, by the same name to the same service, gets its index back, and its connections
 //! flow again (the kernel's trash, `ip_vs_trash_get_dest`).
 
+mod host;
 mod op;
 mod place;
 mod record;
@@ -91,7 +92,7 @@ struct Placed {
 impl Placed {
     /// How the data plane forwards to a dest of it.
     fn method_bits(&self, dest: &Dest) -> u32 {
-        method_bits(dest.method, self.record.cookies != 0)
+        method_bits(dest.method, self.record.cookies != 0, self.record.flags & service_flag::PROXY != 0)
     }
 }
 
@@ -198,12 +199,18 @@ impl Planner {
                 step.ops.push(MapOp::Timeouts(conn::Timeouts { tcp: t.tcp_s, tcp_fin: t.tcp_fin_s, udp: t.udp_s }));
                 Ok(())
             }
+            Change::SettingChanged { .. } => {
+                step.ops.extend(self.settings(model).ops);
+                Ok(())
+            }
             // Places for what the data plane can't do yet; the capability table refuses the commands.
             Change::DaemonStarted(_) | Change::DaemonStopped { .. } => Ok(()),
             Change::LocalAddressAdded { service, .. } | Change::LocalAddressRemoved { service, .. } => {
                 self.relocate(model, *service, now_ms, &mut step)
             }
-            Change::Defended { service, .. } => self.defend(model, *service, now_ms, &mut step),
+            Change::Defended { service, .. } | Change::ProxySet { service, .. } => {
+                self.defend(model, *service, now_ms, &mut step)
+            }
         };
         match done {
             Ok(()) => Ok(step),
@@ -343,7 +350,8 @@ impl Planner {
         Ok(())
     }
 
-    /// Rate limits and SYN cookies. With cookies, connections by NAT have sequence numbers of their own: another method, to the data plane.
+    /// Rate limits, SYN cookies, PROXY headers. With the last two, connections by NAT have sequence numbers of their own: another method, to the
+    /// data plane.
     fn defend(&mut self, model: &Model, key: ServiceKey, now_ms: u64, step: &mut Step) -> Result<(), PlanError> {
         let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
             return Ok(());
@@ -528,7 +536,7 @@ impl Planner {
     }
 
     fn has_method(&self, index: u32, bits: u32) -> bool {
-        let method = |out: u64| out as u32 & (flag::METHOD | flag::OWN);
+        let method = |out: u64| out as u32 & (flag::METHOD | flag::OWN | flag::PROXY);
         self.dests.get(&index).is_some_and(|m| method(m.record.out) == bits)
     }
 
@@ -602,109 +610,6 @@ impl Planner {
             self.rest.tables.retire(old, now_ms);
         }
         Ok(())
-    }
-
-    // ---- the host
-
-    /// The addresses of this host, as they are now.
-    pub fn locals(&mut self, locals: BTreeSet<IpAddr>) -> Step {
-        self.locals = locals;
-        let mut step = Step::default();
-        for (key, placed) in &mut self.services {
-            let ServiceKey::Virtual { addr, .. } = key else { continue };
-            let flags = placed.record.flags & !service_flag::LOCAL
-                | if self.locals.contains(addr) { service_flag::LOCAL } else { 0 };
-            if flags != placed.record.flags {
-                placed.record.flags = flags;
-                step.ops.push(MapOp::Service { index: placed.index, value: placed.record, fresh: false });
-            }
-        }
-        step
-    }
-
-    fn is_local(&self, key: &ServiceKey) -> bool {
-        matches!(key, ServiceKey::Virtual { addr, .. } if self.locals.contains(addr))
-    }
-
-    /// The addresses to which ways are wanted.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.by_address.keys().copied()
-    }
-
-    /// Is no way to this address known yet?
-    pub fn lacks_way(&self, address: IpAddr) -> bool {
-        !self.ways.contains_key(&address) && !self.locals.contains(&address)
-    }
-
-    /// The ways there are now, to all addresses; an address without one is reached through the kernel's tables, packet by packet.
-    /// If there is no room for all hops, some stay without.
-    pub fn ways(&mut self, ways: BTreeMap<IpAddr, Way>, now_ms: u64) -> Step {
-        self.ways = ways;
-        let mut step = Step::default();
-        let hops_wanted: BTreeSet<_> = self.ways.values().filter_map(hop_key).collect();
-        for key in &hops_wanted {
-            if !self.hops.contains_key(key)
-                && let Ok(index) = self.rest.hop_indexes.take()
-            {
-                self.hops.insert(*key, index);
-                step.ops.push(MapOp::Hop { index, value: abi::Hop { macs: key.0, ifindex: key.1 } });
-            }
-        }
-        let mut dests = std::mem::take(&mut self.dests);
-        for (index, mirror) in &mut dests {
-            let pointed = self.pointed(*mirror);
-            if pointed.tunnel != mirror.tunnel {
-                step.ops.push(MapOp::Tunnel { index: *index, value: pointed.tunnel });
-            }
-            if pointed.record != mirror.record {
-                step.ops.push(MapOp::Dest { index: *index, value: pointed.record });
-            }
-            *mirror = pointed;
-        }
-        self.dests = dests;
-        let mut services = std::mem::take(&mut self.services);
-        services.values_mut().filter(|placed| placed.record.cookies != 0).for_each(|p| self.ask(p, &mut step));
-        self.services = services;
-        let unused: Vec<_> =
-            self.hops.iter().filter(|(k, _)| !hops_wanted.contains(*k)).map(|(k, i)| (*k, *i)).collect();
-        for (key, index) in unused {
-            self.hops.remove(&key);
-            self.rest.hop_indexes.retire(index, now_ms);
-        }
-        step
-    }
-
-    /// Is a real server that is this host served by NAT?
-    pub fn has_local_masq(&self) -> bool {
-        self.dests.values().any(|m| {
-            let flags = m.record.out as u32;
-            let by_nat = matches!(flags & flag::METHOD, flag::MASQ | flag::FULLNAT);
-            flags & flag::LOCAL != 0 && by_nat && flags & flag::AVAILABLE != 0
-        })
-    }
-
-    /// A dest with the way to its address.
-    fn pointed(&self, mut mirror: Mirror) -> Mirror {
-        let (record, address) = (&mut mirror.record, mirror.address);
-        // Of this host it is known at once; a reply of NAT must first find its egress program.
-        let by_nat = matches!(record.out as u32 & flag::METHOD, flag::MASQ | flag::FULLNAT);
-        let at_once = self.locals.contains(&address) && !by_nat;
-        let way = if at_once { Some(&Way::Local) } else { self.ways.get(&address) };
-        let hop = way.and_then(hop_key).and_then(|k| self.hops.get(&k)).copied().unwrap_or(0);
-        let local = if way == Some(&Way::Local) { flag::LOCAL } else { 0 };
-        let flags = record.out as u32 & !flag::LOCAL | local;
-        record.out = u64::from(flags) | u64::from(hop) << 32;
-        record.mtu = match way {
-            Some(Way::Hop { mtu, .. }) => *mtu,
-            _ => 0,
-        };
-        // Without a way for a while, the address of before is as good as any.
-        if let Some(Way::Hop { source: Some(source), .. }) = way
-            && record.out as u32 & flag::METHOD == flag::TUNNEL
-        {
-            mirror.tunnel.source = bytes(*source).into();
-        }
-        mirror
     }
 
     // ---- time
@@ -785,11 +690,4 @@ fn members(service: &Service, placed: &Placed) -> Vec<sched::Member> {
         Some(sched::Member { dest: index, address: bytes(addr), port, weight: d.weight, last_weight })
     };
     service.dests().filter_map(member).collect()
-}
-
-fn hop_key(way: &Way) -> Option<([u32; 3], u32)> {
-    match way {
-        Way::Hop { macs, ifindex, .. } => Some((*macs, *ifindex)),
-        Way::Local => None,
-    }
 }

@@ -16,7 +16,7 @@ mod fragments;
 
 use ::core::hint::cold_path;
 
-use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, hop, service};
+use crate::abi::{Dest, Hop, Iface, ServiceKey, config, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::cookie;
 use crate::ct::{self, Found, V4, V6};
@@ -27,6 +27,7 @@ use crate::icmp::{Answer, Error};
 use crate::limits;
 use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::{Way, sctp, tcp};
+use crate::proxy;
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
@@ -198,11 +199,12 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::TimeExceeded => error(p, t, flow, Error::TimeExceeded, 0),
         Stage::PortUnreachable => error(p, t, flow, Error::PortUnreachable, 0),
         Stage::TooBig => error(p, t, flow, Error::TooBig, number),
-        Stage::Challenge => cookie::challenge(p, t, flow),
+        Stage::Challenge => cookie::challenge(p, t, flow, number),
         Stage::Knock => cookie::knock(p, t, flow, number),
         Stage::Fullnat => fullnat::request(p, t, flow, number),
         Stage::Introduce => fullnat::introduce(p, t, flow, number),
         Stage::FullnatReply => fullnat::reply(p, t, flow, number),
+        Stage::Announce => proxy::announce(p, t, flow, number),
         Stage::ReplyOptions => fullnat::reply_options(p, t, flow, number),
         Stage::FullnatSend => fullnat::send(p, t, flow, number),
         _ => open(t, flow, stage, number),
@@ -311,7 +313,7 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
     hit: &HitOf<'_, I, I::Conns>,
 ) -> Verdict {
     let way = way(hit.control & ct::LINKED != 0);
-    let next = step::<I, P>(flow, ct::state(hit.control), way);
+    let next = unchanged::<I, P>(flow, ct::state(hit.control), way);
     let current = conn::is_current::<I, _>(c, hit.control, flow.proto_by::<P>(), next, true);
     if !current && starts_anew(c, flow, hit.control) {
         cold_path();
@@ -327,7 +329,8 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
     }
     if !current {
         cold_path();
-        let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step::<I, P>(flow, state, way));
+        let secure = has(t, config::SECURE_TCP);
+        let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step::<I, P>(flow, state, way, secure));
     }
     match t.hop(hop) {
         // (A real server that is this host has none.)
@@ -376,14 +379,32 @@ fn way(linked: bool) -> Way {
 
 /// The state after this packet, which shows as a `P`.
 #[inline(always)]
-fn step<I: Ip, P: Packet>(flow: &Flow<I>, state: u64, way: Way) -> u64 {
+fn step<I: Ip, P: Packet>(flow: &Flow<I>, state: u64, way: Way, secure: bool) -> u64 {
     if P::SCTP && flow.sctp {
         sctp::next(state, flow.flags, way)
     } else if flow.tcp {
-        tcp::next(state, flow.flags, way)
+        tcp::next(state, flow.flags, way, secure)
     } else {
         0
     }
+}
+
+/// The same if it is the one before it, else any other number: most packets change nothing, and then need not know more.
+#[inline(always)]
+fn unchanged<I: Ip, P: Packet>(flow: &Flow<I>, state: u64, way: Way) -> u64 {
+    if P::SCTP && flow.sctp {
+        sctp::next(state, flow.flags, way)
+    } else if flow.tcp {
+        tcp::unchanged(state, flow.flags, way)
+    } else {
+        0
+    }
+}
+
+/// Is this bit of [`config`] set?
+#[inline(always)]
+fn has<T: Tables>(t: &T, flag: u32) -> bool {
+    t.config().flags & flag != 0
 }
 
 /// A packet of no known flow: enter it, if it is for a virtual service and may open one. It then is the first packet of that flow.
@@ -402,8 +423,19 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     }
     // tcp_conn_schedule: a RST never, anything else only with SYN; sctp_conn_schedule: INIT.
     if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN || flow.sctp && flow.flags != sctp::INIT {
+        let sloppy = if flow.tcp { config::SLOPPY_TCP } else { config::SLOPPY_SCTP };
         let proves = flow.tcp && s.asks() && flow.flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK;
-        return if proves { Verdict::go(Stage::Knock, cookie::PROVE) } else { pass(Reason::NoConnection) };
+        if proves {
+            return Verdict::go(Stage::Knock, cookie::PROVE);
+        }
+        if !has(t, sloppy) || flow.tcp && flow.flags & tcp::RST != 0 {
+            return pass(Reason::NoConnection);
+        }
+    }
+    let rate = t.config().drop_rate;
+    // ip_vs_todrop: the first one, and then every so many.
+    if rate != 0 && t.begun().is_multiple_of(u64::from(rate)) {
+        return drop(Reason::DropPacket);
     }
     if I::martian(flow.source()) || flow.source() == flow.destination() {
         return drop(Reason::Martian);
@@ -427,9 +459,9 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     let linked = is_nat(d) || lent;
     // In the state that this packet, its first, puts it in.
     let state = if flow.sctp {
-        sctp::INIT1
+        sctp::next(sctp::NONE, flow.flags, way(linked))
     } else if flow.tcp {
-        tcp::next(tcp::NONE, flow.flags, way(linked))
+        tcp::next(tcp::NONE, flow.flags, way(linked), has(t, config::SECURE_TCP))
     } else {
         0
     };
@@ -602,6 +634,10 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
 /// The real server is this host: up, translated if it listens elsewhere.
 #[inline(always)]
 fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) -> Verdict {
+    if d.proxied() {
+        // It would wait for a header that does not come.
+        return drop(Reason::ProxyLocal);
+    }
     if masq {
         let (address, port) = server(flow, d);
         if I::martian(address) {
@@ -660,11 +696,12 @@ pub fn replied<I: Of<T>, P: Packet, T: Tables>(
     reply: &conn::ReplyOf<'_, I, I::Conns>,
 ) -> u64 {
     let mut control = reply.forward.control;
-    let next = step::<I, P>(flow, ct::state(control), Way::Output);
+    let next = unchanged::<I, P>(flow, ct::state(control), Way::Output);
     if !conn::is_current::<I, _>(c, control, flow.proto_by::<P>(), next, false) {
-        let words = I::words(reply.client, reply.virtual_address);
-        let done =
-            conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step::<I, P>(flow, state, Way::Output));
+        let (words, secure) = (I::words(reply.client, reply.virtual_address), has(t, config::SECURE_TCP));
+        let done = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| {
+            step::<I, P>(flow, state, Way::Output, secure)
+        });
         control = done.unwrap_or(control);
     }
     t.count_out(conn::dest(control), flow.len);

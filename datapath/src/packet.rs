@@ -55,9 +55,10 @@ pub trait Packet {
     /// Edit the options of a TCP segment, whose header length has been checked; one behind extra headers is left as it is. As
     /// [`crate::options::Editing::end`].
     fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<(Delta, Offer)>;
-    /// Make room for `n` bytes at `at`, in the transport header or right behind it: what is there moves back, or what is before it to the
-    /// front. The new bytes are undefined. False: it can't be done, and nothing is changed (or the packet is lost).
-    fn open_gap(&mut self, at: usize, n: usize) -> bool;
+    /// Make room for `n` bytes at `at + by`, in the transport header or right behind it: what is there moves back, or what is before it to
+    /// the front. `by` is a multiple of four, at most [`crate::options::MOST`]; the others are constants. The new bytes are undefined. False:
+    /// it can't be done, and nothing is changed (or the packet is lost).
+    fn open_gap(&mut self, at: usize, by: usize, n: usize) -> bool;
     /// Ones-complement sum of the bytes from `from` on, at most `most` of them (bounded by [`crate::icmp`]'s quotes).
     fn sum_from(&self, from: usize, most: usize) -> u64;
     /// Put `n` bytes in front (their content is undefined).

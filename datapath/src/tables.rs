@@ -110,6 +110,8 @@ pub trait Tables {
     fn count_connection(&self, dest: u32);
     fn count_in(&self, dest: u32, bytes: u32);
     fn count_out(&self, dest: u32, bytes: u32);
+    /// Number of this packet that may begin a connection, from 0 (`drop_packet`).
+    fn begun(&self) -> u64;
     /// May another ICMP error be sent this second?
     fn may_send_icmp(&self) -> bool;
     /// Ask the kernel for the way from `ends[0]` to `ends[1]`; `hop` is filled if it is known.

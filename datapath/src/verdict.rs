@@ -75,10 +75,13 @@ pub enum Stage {
     FarReply = 26,
     /// An ICMP error about the outer packet of a tunnel.
     ErrorOuter = 27,
-    /// A SYN that is answered with a cookie.
+    /// A SYN that is answered with a cookie; the number is what its client's segments are to have room for.
     Challenge = 28,
     /// What brings a cookie back, or comes before the server has answered: see [`crate::cookie::knock`].
     Knock = 29,
+    /// A client's packet of a connection whose server has not acknowledged its PROXY header; the number is the slot of its forward entry
+    /// (or see [`crate::proxy::TURNED`]).
+    Announce = 30,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -158,6 +161,7 @@ impl Verdict {
             27 => Stage::ErrorOuter,
             28 => Stage::Challenge,
             29 => Stage::Knock,
+            30 => Stage::Announce,
             _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -273,8 +277,11 @@ reasons! {
     NoLocalPort "no_local_port" Drop "full NAT: of the local addresses tried no port is free for this real server: add more (ipvsadm -P)";
     Entering "entering" Drop "full NAT: the connection is being entered this instant";
     CookieRefused "syn_cookie_refused" Drop "SYN cookies, and a packet that they can't be used with: data or extra headers in a SYN, options in its first answer";
+    ProxyRefused "proxy_refused" Drop "a PROXY header is to come first, and this SYN has data or extra headers";
+    ProxyLocal "proxy_local" Drop "a PROXY header is to come first, which a real server that is this host can't be sent";
     SourceRate "source_rate" Drop "more new connections from this client in a second than its service allows";
     ServiceRate "service_rate" Drop "more new connections in a second than the service allows";
+    DropPacket "drop_packet" Drop "one of so many new connections while memory is short, as the setting drop_packet says";
     DestGone "dest_gone" Drop "the connection's real server was removed";
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
     NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";

@@ -278,6 +278,11 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         unsafe { bpf_get_prandom_u32() }
     }
     #[inline(always)]
+    fn begun(&self) -> u64 {
+        // SAFETY: a valid value; the word is changed atomically.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*clock()).begun, 1) }
+    }
+    #[inline(always)]
     fn overloaded(&self, dest: u32) -> bool {
         flags(dest) & 1 != 0
     }
@@ -407,6 +412,16 @@ fn word(s: *mut ServiceState, which: Machine) -> *mut u64 {
 
 /// Generated ICMP errors a second, as the kernel's `icmp_msgs_per_sec`.
 const ICMP_PER_S: u64 = 1000;
+
+/// Only the timer counts these.
+#[inline(always)]
+pub fn count_thinned() {
+    // SAFETY: a valid value.
+    unsafe {
+        let at = &raw mut (*clock()).thinned;
+        at.write_volatile(at.read_volatile() + 1);
+    }
+}
 
 #[inline(always)]
 fn may_send_icmp() -> bool {

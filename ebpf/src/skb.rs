@@ -177,8 +177,8 @@ impl Packet for Skb {
     }
     /// The tail moves: of an unfinished checksum the kernel remembers where it begins.
     #[inline(always)]
-    fn open_gap(&mut self, at: usize, n: usize) -> bool {
-        let done = gap::move_tail(self.skb, at as u32, n as u32);
+    fn open_gap(&mut self, at: usize, by: usize, n: usize) -> bool {
+        let done = gap::move_tail(self.skb, (at + by) as u32, n as u32);
         self.reread();
         done
     }

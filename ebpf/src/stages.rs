@@ -16,7 +16,7 @@ macro_rules! call {
      [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
       $too_big:ident $related:ident $error_tunnel:ident $fullnat:ident $introduce:ident $fullnat_reply:ident
       $reply_options:ident $fullnat_send:ident $far:ident $fragment:ident $error_lent:ident $far_reply:ident
-      $challenge:ident $knock:ident $error_outer:ident]) => {
+      $challenge:ident $knock:ident $announce:ident $error_outer:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::$first(),
@@ -43,8 +43,9 @@ macro_rules! call {
             Stage::ErrorLent => $error_lent($ctx),
             Stage::ErrorOuter => $error_outer($ctx),
             Stage::FarReply => $far_reply($ctx),
-            Stage::Challenge => $challenge($ctx),
+            Stage::Challenge => $challenge($ctx, $number),
             Stage::Knock => $knock($ctx, $number),
+            Stage::Announce => $announce($ctx, $number),
             Stage::Fragment => $fragment($ctx),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),

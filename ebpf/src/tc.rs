@@ -155,11 +155,11 @@ macro_rules! further {
 further!(tc_further4, 0, rvs_tc_further4, tc_whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
     [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4
      tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_error_lent4 tc_far_reply4
-     tc_challenge4 tc_knock4 tc_error_outer4]);
+     tc_challenge4 tc_knock4 tc_announce4 tc_error_outer4]);
 further!(tc_further6, 1, rvs_tc_further6, tc_whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
     [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6
      tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_error_lent6 tc_far_reply6
-     tc_challenge6 tc_knock6 tc_error_outer6]);
+     tc_challenge6 tc_knock6 tc_announce6 tc_error_outer6]);
 
 macro_rules! stages {
     ($($four:ident $six:ident($($number:ident)?) $stage:ident;)*) => { $(
@@ -202,8 +202,9 @@ stages! {
     tc_error_lent4 tc_error_lent6() ErrorLent;
     tc_error_outer4 tc_error_outer6() ErrorOuter;
     tc_far_reply4 tc_far_reply6() FarReply;
-    tc_challenge4 tc_challenge6() Challenge;
+    tc_challenge4 tc_challenge6(room) Challenge;
     tc_knock4 tc_knock6(number) Knock;
+    tc_announce4 tc_announce6(number) Announce;
     tc_time_exceeded4 tc_time_exceeded6() TimeExceeded;
     tc_port_unreachable4 tc_port_unreachable6() PortUnreachable;
 }

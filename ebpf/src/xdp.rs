@@ -108,10 +108,10 @@ macro_rules! further {
 }
 further!(further4, 0, rvs_further4, whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
     [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4
-     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4 error_outer4]);
+     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4 announce4 error_outer4]);
 further!(further6, 1, rvs_further6, whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
     [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6
-     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6 error_outer6]);
+     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6 announce6 error_outer6]);
 
 /// The interface that a frame counts as come in by.
 #[inline(always)]
@@ -201,8 +201,9 @@ stages! {
     error_lent4 error_lent6() ErrorLent;
     error_outer4 error_outer6() ErrorOuter;
     far_reply4 far_reply6() FarReply;
-    challenge4 challenge6() Challenge;
+    challenge4 challenge6(room) Challenge;
     knock4 knock6(number) Knock;
+    announce4 announce6(number) Announce;
     time_exceeded4 time_exceeded6() TimeExceeded;
     port_unreachable4 port_unreachable6() PortUnreachable;
 }

@@ -50,6 +50,7 @@ pub(super) fn describe(record: &mut abi::Service, service: &Service, key: &Servi
         | flags(bits & 2 != 0, service_flag::HASH_PORT)
         | flags(bits & 4 != 0, service_flag::FLAG_3)
         | flags(c.one_packet, service_flag::ONE_PACKET)
+        | flags(service.proxy, service_flag::PROXY)
         | flags(local, service_flag::LOCAL);
     record.cookies = service.defence.cookies_above.map_or(0, |above| above.saturating_add(1));
     record.rate = service.defence.rate;
@@ -68,16 +69,17 @@ pub(super) fn describe(record: &mut abi::Service, service: &Service, key: &Servi
     record.key = abi_key(key);
 }
 
-/// `cookies`: may the service's SYNs be answered with cookies?
-pub(super) fn method_bits(method: FwdMethod, cookies: bool) -> u32 {
+/// `cookies`: may the service's SYNs be answered with cookies? `proxy`: is the server told of its clients by PROXY headers?
+pub(super) fn method_bits(method: FwdMethod, cookies: bool, proxy: bool) -> u32 {
+    let header = if proxy { flag::PROXY } else { 0 };
     match method {
         // Sequence numbers are the connection's own then.
-        FwdMethod::Masq if cookies => flag::FULLNAT | flag::OWN,
+        FwdMethod::Masq if cookies || proxy => flag::FULLNAT | flag::OWN | header,
         FwdMethod::Masq => flag::MASQ,
         FwdMethod::Local => flag::LOCAL_NODE,
         FwdMethod::Tunnel(_) => flag::TUNNEL,
         FwdMethod::Route => flag::ROUTE,
-        FwdMethod::Fullnat => flag::FULLNAT,
+        FwdMethod::Fullnat => flag::FULLNAT | header,
     }
 }
 

@@ -11,6 +11,7 @@ use crate::model::{
     Command, Defence, Env, FwdMethod, Granularity, Proto, SchedFlags, ServiceSpec, Timeouts, Tunnel, TunnelChecksum,
     TunnelKind,
 };
+use crate::settings::Settings;
 
 struct Host;
 impl Env for Host {
@@ -40,11 +41,12 @@ struct Maps {
     hops: BTreeMap<u32, abi::Hop>,
     quiesced: BTreeSet<u32>,
     timeouts: [u32; 3],
+    settings: [u32; abi::SETTINGS_MAX],
 }
 
 impl Maps {
     fn new() -> Self {
-        Maps { timeouts: [900, 120, 300], ..Maps::default() }
+        Maps { timeouts: [900, 120, 300], settings: Settings::default().values(), ..Maps::default() }
     }
 
     fn apply(&mut self, ops: &[MapOp]) {
@@ -84,6 +86,7 @@ impl Maps {
                 MapOp::Quiesced { index, quiesced: false } => drop(self.quiesced.remove(index)),
                 MapOp::Hop { index, value } => drop(self.hops.insert(*index, *value)),
                 MapOp::Timeouts(t) => self.timeouts = [t.tcp, t.tcp_fin, t.udp],
+                MapOp::Settings(s) => self.settings = s.values(),
                 MapOp::StatsIn { .. } | MapOp::StatsOut { .. } | MapOp::Zero { .. } => {}
             }
         }
@@ -113,6 +116,7 @@ impl Maps {
                 .collect(),
             hops: self.hops.iter().map(|(i, h)| (*i, *h)).collect(),
             timeouts_s: self.timeouts,
+            settings: self.settings,
         }
     }
 }
@@ -178,6 +182,7 @@ impl World {
                 source_rate: record.source_rate,
             };
             assert_eq!(defence, service.defence);
+            assert_eq!(record.flags & service_flag::PROXY != 0, service.proxy);
             let replies_come_by = list.iter().all(|e| self.maps.dests[&e.dest].lends());
             assert_eq!(record.asks(), record.cookies != 0 && replies_come_by);
             assert_eq!(self.planner.asks(key), record.asks());
@@ -186,7 +191,8 @@ impl World {
                 let there = self.maps.dests[&entry.dest];
                 assert_eq!((there.address, there.port), (bytes(dest.key.addr).into(), dest.key.port));
                 let cookies = service.defence.cookies_above.is_some();
-                assert_eq!(there.out as u32 & (flag::METHOD | flag::OWN), method_bits(dest.method, cookies));
+                let bits = there.out as u32 & (flag::METHOD | flag::OWN | flag::PROXY);
+                assert_eq!(bits, method_bits(dest.method, cookies, service.proxy));
                 assert_ne!(there.out as u32 & flag::AVAILABLE, 0);
                 assert_eq!(entry.weight, dest.weight);
                 assert_eq!(self.maps.info[&entry.dest].weight, dest.weight);
@@ -256,7 +262,9 @@ fn any_command() -> impl Strategy<Value = Command> {
         3 => (key(), prop::option::of(0u32..3), 0u32..3).prop_map(|(k, cookies_above, rate)| {
             Command::Defend(k, Defence { cookies_above, rate, source_rate: 7 })
         }),
+        2 => (key(), any::<bool>()).prop_map(|(k, on)| Command::Proxy(k, on)),
         1 => Just(Command::Flush),
+        1 => (0u32..5).prop_map(|n| Command::Set("drop_packet".into(), n)),
         1 => (1u32..5000).prop_map(|udp_s| Command::SetTimeouts(Timeouts { tcp_s: 0, tcp_fin_s: 0, udp_s })),
     ]
 }

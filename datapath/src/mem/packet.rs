@@ -90,7 +90,8 @@ impl Packet for MemPacket {
         let _ = (0..options::MOST).any(|i| editing.step(self, i));
         editing.end()
     }
-    fn open_gap(&mut self, at: usize, n: usize) -> bool {
+    fn open_gap(&mut self, at: usize, by: usize, n: usize) -> bool {
+        let at = at + by;
         let fits = at <= self.bytes.len();
         if fits {
             self.bytes.splice(at..at, std::iter::repeat_n(0xa5, n));

@@ -9,6 +9,7 @@ mod fragments;
 mod layouts;
 mod operations;
 mod plain;
+mod proxied;
 mod restart;
 mod scale;
 mod sctp;
@@ -37,6 +38,7 @@ fn main() {
         sctp::tests(),
         bad_input::tests(),
         defence::tests(),
+        proxied::tests(),
         scale::tests(),
         seen::tests(),
     ];

@@ -21,6 +21,7 @@ pub use ring::Ring;
 use aya::maps::{HashMap, MapData};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
+use rvs_control::settings::Settings;
 use rvs_datapath::abi::{self, Clock, Config, CpuStats, Hop, Iface, ServiceKey, map};
 use rvs_datapath::conn::{Policy, SLOTS_MAX, Timeouts};
 use rvs_datapath::ct::{Family, MIN_BUCKETS, Seed, V4, V6};
@@ -588,7 +589,10 @@ impl Flat {
         let t = Timeouts::default();
         let policy = Policy::new(&t);
         let timeouts_s = [t.tcp, t.tcp_fin, t.udp, 0];
-        let config = Config { version: abi::VERSION, seed, policy, flags: 0, turned_at: 0, timeouts_s };
+        let (flags, turned_at, drop_rate, spare) = (0, 0, 0, 0);
+        let settings = Settings::default().values();
+        let config =
+            Config { version: abi::VERSION, seed, policy, flags, turned_at, timeouts_s, drop_rate, spare, settings };
         self.table::<Config>(map::CONFIG)?.set(0, config)?;
         let path = dir.join(map::CONFIG);
         raw::pin(self.get(map::CONFIG)?.1, &path).map_err(failed(format!("pin {}", path.display())))

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::attach::Hook;
 use super::raw::{self, Mapping};
 use super::{BpfError, Dataplane, Flat, LOOKED_UP, Result, Shape, Table, failed, flat, gates};
+use crate::memory;
 
 /// State that says what becomes of a packet.
 const COPIED: [&str; 13] = [
@@ -88,7 +89,7 @@ impl Stage {
     /// # Errors
     /// No memory for the copies, or the kernel refuses.
     pub fn open(self, object: &[u8]) -> Result<Rehearsal> {
-        let (cost, free) = (self.cost(), memory_available()?);
+        let (cost, free) = (self.cost(), memory::available().map_err(failed("memory for a copy"))?);
         // Tables of many millions of flows are to stay usable beside their own copy.
         if cost > free / 2 {
             return Err(BpfError::Refused(format!(
@@ -218,12 +219,4 @@ fn context(hook: Hook, ifindex: u32, len: usize) -> Vec<u8> {
         6
     };
     words[..count].iter().flat_map(|word| word.to_ne_bytes()).collect()
-}
-
-/// Memory that can be had without swapping, bytes.
-fn memory_available() -> Result<u64> {
-    let path = "/proc/meminfo";
-    let text = std::fs::read_to_string(path).map_err(failed(path))?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.strip_suffix("kB")?.trim().parse().ok());
-    line.map(|kib: u64| kib << 10).ok_or_else(|| BpfError::Refused(format!("{path} has no MemAvailable line")))
 }

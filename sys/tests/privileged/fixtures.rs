@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::SeqCst;
 
 use aya::programs::{TestRun, TestRunOptions};
-use rvs_datapath::abi::{Clock, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats};
+use rvs_datapath::abi::{Clock, Config, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats};
 use rvs_datapath::verdict::{COUNTERS, Reason};
 use rvs_fixtures::case::{Code, Counted, Engine, FlowRow, START_S, Sent};
 use rvs_fixtures::cases;
@@ -233,6 +233,8 @@ impl Engine for Kernel {
         for (key, _) in gone {
             maps.keys.remove(*key).expect("remove a service");
         }
+        let ([flags, drop_rate], config) = (layout.settings, maps.config.get(0).expect("the configuration"));
+        maps.config.set(0, Config { flags, drop_rate, ..config }).expect("the configuration");
         for (i, hop) in (0..).zip(&layout.hops) {
             maps.hops.set(i, *hop).expect("a hop");
         }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use rvs_datapath::abi::{Clock, Config, Iface, ListEntry, map};
+use rvs_datapath::abi::{Clock, Config, Iface, ListEntry, SETTINGS_MAX, map};
 use rvs_datapath::conn::{Policy, Timeouts};
 use rvs_datapath::ct::Seed;
 use rvs_sys::bpf::{Sizes, bytes_of, shapes};
@@ -104,7 +104,9 @@ impl Rig {
         let policy = Policy::new(&Timeouts::default());
         let seed = Seed([3, 5, 7, 11, 13, 17].map(|n: u64| n.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
         let timeouts_s = [0; 4];
-        m.set(map::CONFIG, 0, &bytes_of(Config { version: 0, seed, policy, flags: 0, turned_at: 0, timeouts_s }))?;
+        let (flags, turned_at, drop_rate, spare, settings) = (0, 0, 0, 0, [0; SETTINGS_MAX]);
+        let config = Config { version: 0, seed, policy, flags, turned_at, timeouts_s, drop_rate, spare, settings };
+        m.set(map::CONFIG, 0, &bytes_of(config))?;
         m.set(map::CLOCK, 0, &bytes_of(Clock::at(NOW_S, &policy)))?;
         m.set(map::IFACES, 1, &bytes_of(Iface::new(1, OURS, 0, 1500)))?;
         let (key, s) = service(version);
