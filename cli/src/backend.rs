@@ -216,6 +216,7 @@ pub fn unexpected(body: &ResponseBody) -> BackendError {
         ResponseBody::Stats(_) => "stats",
         ResponseBody::LocalAddresses(_) => "local_addresses",
         ResponseBody::Defences(_) => "defences",
+        ResponseBody::Settings(_) => "settings",
         ResponseBody::Status(_) => "status",
         ResponseBody::Why(_) => "why",
         ResponseBody::Traced { .. } => "traced",

@@ -4,6 +4,7 @@
 
 mod proc;
 mod service;
+mod set;
 mod show;
 mod trace;
 mod why;
@@ -40,9 +41,11 @@ pub enum Query {
         #[arg(long)]
         json: bool,
     },
-    /// Rate limits and SYN cookies of services
+    /// Rate limits, SYN cookies and PROXY headers of services
     #[command(subcommand)]
     Service(service::Args),
+    /// Show or change a setting of the whole director: the kernel's net.ipv4.vs.* by their names
+    Set(set::Args),
     /// Say what would become of a packet now, and why, without sending it
     Why(why::Args),
     /// Show packets as they come, with what becomes of them
@@ -72,6 +75,7 @@ pub fn run(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backen
             Query::Drops { json } => show::drops(*json, &mut client, stdout),
             Query::Status { json } => show::status(*json, &mut client, stdout),
             Query::Service(args) => service::run(args, &mut client, stdout),
+            Query::Set(args) => set::run(args, &mut client, stdout),
             Query::Why(args) => why::print(args, &mut client, stdout),
             Query::Trace(args) => trace::print(args, &mut client, stdout, stderr),
         }?;

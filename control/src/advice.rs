@@ -23,9 +23,6 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         Reason::FragmentTiny | Reason::FragmentOverlap | Reason::FragmentConflict => {
             "look for whoever makes such fragments; nobody honest does"
         }
-        Reason::FragmentLent => {
-            "have the sender use packets that need not be fragmented, or another method than full NAT"
-        }
         Reason::FragmentSctp => {
             "give the real server the virtual port, or have the sender use packets that need not be fragmented"
         }
@@ -39,6 +36,13 @@ pub fn about(reason: Reason) -> Option<&'static str> {
             "more SYNs in a second than the service takes as they come: rvs service show; ask with --flags ack for a connection that is known"
         }
         Reason::CookieRefused => "without data and extra headers in its SYN the client gets through",
+        Reason::ProxyRefused => {
+            "a SYN without data and extra headers gets through: Fast Open is not for services with PROXY headers"
+        }
+        Reason::ProxyLocal => {
+            "take the director itself out of the service's real servers, or turn PROXY headers off: rvs service set --proxy off"
+        }
+        Reason::DropPacket => "memory is short (rvs set amemthresh), or drop_packet is 3: rvs set drop_packet",
         Reason::SourceRate | Reason::ServiceRate => "see rvs service show, and raise the limit: rvs service set",
         Reason::NoConnection => {
             "the connection timed out (ipvsadm --set), or was made through another director; a new one of TCP begins with --flags syn"

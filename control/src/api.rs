@@ -23,10 +23,10 @@ use serde::{Deserialize, Serialize};
 
 pub use convert::BadCommand;
 pub use frame::{DecodeError, FrameError, LineDecoder, decode_request, decode_response, encode};
-pub use listing::{Chunks, Counters, DestCounters, daemons, defences, in_chunks, list, local_addresses};
+pub use listing::{Chunks, Counters, DestCounters, daemons, defences, in_chunks, list, local_addresses, settings};
 pub use rows::{
     ConnOrigin, ConnRow, CpuStats, DaemonRow, DefenceRow, DestRow, DropRow, EngineData, ListRow, LocalAddressRow,
-    Rates, ServiceRow, Stats, StatsReport, Status, conn_state_name,
+    Rates, ServiceRow, SettingRow, Stats, StatsReport, Status, conn_state_name,
 };
 pub use seen::{Connection, Frame, Outcome, Probe, ProbeProto, TracedRow, WhyDest, WhyRow};
 
@@ -76,6 +76,8 @@ pub enum RequestBody {
     /// All connections; answered by [`ResponseBody::Connections`] chunks.
     Connections,
     Timeouts,
+    /// The settings of the whole director.
+    Settings,
     Daemons,
     /// Drop reasons with their counters.
     Drops,
@@ -262,20 +264,60 @@ pub struct Defence {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Command {
-    AddService { service: ServiceId, spec: ServiceSpec },
-    EditService { service: ServiceId, spec: ServiceSpec },
-    DelService { service: ServiceId },
-    AddDest { service: ServiceId, dest: DestSpec },
-    EditDest { service: ServiceId, dest: DestSpec },
-    DelDest { service: ServiceId, dest: DestId },
+    AddService {
+        service: ServiceId,
+        spec: ServiceSpec,
+    },
+    EditService {
+        service: ServiceId,
+        spec: ServiceSpec,
+    },
+    DelService {
+        service: ServiceId,
+    },
+    AddDest {
+        service: ServiceId,
+        dest: DestSpec,
+    },
+    EditDest {
+        service: ServiceId,
+        dest: DestSpec,
+    },
+    DelDest {
+        service: ServiceId,
+        dest: DestId,
+    },
     Flush,
-    Zero { service: Option<ServiceId> },
+    Zero {
+        service: Option<ServiceId>,
+    },
     SetTimeouts(Timeouts),
+    /// A setting of the whole director: [`crate::settings`].
+    Set {
+        name: String,
+        value: u32,
+    },
     StartDaemon(DaemonSpec),
-    StopDaemon { role: DaemonRole },
-    AddLocalAddress { service: ServiceId, addr: IpAddr },
-    DelLocalAddress { service: ServiceId, addr: IpAddr },
-    Defend { service: ServiceId, defence: Defence },
+    StopDaemon {
+        role: DaemonRole,
+    },
+    AddLocalAddress {
+        service: ServiceId,
+        addr: IpAddr,
+    },
+    DelLocalAddress {
+        service: ServiceId,
+        addr: IpAddr,
+    },
+    Defend {
+        service: ServiceId,
+        defence: Defence,
+    },
+    /// Whether its real servers are told of their clients by PROXY headers, version 2.
+    Proxy {
+        service: ServiceId,
+        on: bool,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -307,6 +349,7 @@ pub enum ResponseBody {
     List(Vec<ListRow>),
     Connections(Vec<ConnRow>),
     Timeouts(Timeouts),
+    Settings(Vec<SettingRow>),
     Daemons(Vec<DaemonRow>),
     Drops(Vec<DropRow>),
     Stats(Box<StatsReport>),

@@ -74,9 +74,12 @@ impl Capabilities {
         Capabilities {
             protocols: [Proto::Tcp, Proto::Udp, Proto::Sctp].into(),
             families: [Family::V4, Family::V6].into(),
-            schedulers: [Scheduler::Rr, Scheduler::Wrr, Scheduler::Wlc, Scheduler::Mh].into(),
+            schedulers: Scheduler::ALL
+                .into_iter()
+                .filter(|s| !matches!(s, Scheduler::Lblc | Scheduler::Lblcr))
+                .collect(),
             no_scheduler: false,
-            sched_flags: [Scheduler::Mh].into(),
+            sched_flags: [Scheduler::Mh, Scheduler::Sh].into(),
             third_flag: false,
             masq: true,
             route: true,
@@ -106,7 +109,9 @@ impl Capabilities {
             | Command::Flush
             | Command::Zero(_)
             | Command::SetTimeouts(_)
+            | Command::Set(..)
             | Command::Defend(..)
+            | Command::Proxy(..)
             | Command::StopDaemon(_) => Ok(()),
         }
     }
@@ -219,9 +224,12 @@ mod tests {
         let other = DestKey { addr: "2001:db8::2".parse().unwrap(), port: 80 };
         let mixed = Dest { key: other, ..dest(FwdMethod::Tunnel(gue)) };
         let mut commands: Vec<Command> =
-            ["rr", "wrr", "wlc", "mh", "nosuch"].map(|name| Command::AddService(service(80), spec(name))).into();
+            ["rr", "wrr", "lc", "wlc", "dh", "sh", "sed", "nq", "fo", "ovf", "mh", "twos", "nosuch"]
+                .map(|name| Command::AddService(service(80), spec(name)))
+                .into();
         commands.extend([
             Command::AddService(service(80), ServiceSpec { sched_flags: flags(3), ..spec("mh") }),
+            Command::AddService(service(80), ServiceSpec { sched_flags: flags(3), ..spec("sh") }),
             Command::AddService(v6, ServiceSpec { granularity: Granularity::V6(128), ..spec("rr") }),
             Command::AddService(sctp, spec("rr")),
             Command::AddDest(sctp, dest(FwdMethod::Fullnat)),
@@ -254,9 +262,9 @@ mod tests {
         vec![
             (Command::AddService(mark, spec("rr")), "firewall mark"),
             (Command::AddService(service(0), spec("rr")), "port 0"),
-            (Command::AddService(service(80), spec("lc")), "scheduler lc"),
+            (Command::AddService(service(80), spec("lblc")), "scheduler lblc"),
             (Command::AddService(service(80), spec("none")), "-s none"),
-            (Command::EditService(service(80), spec("sh")), "scheduler sh"),
+            (Command::EditService(service(80), spec("lblcr")), "scheduler lblcr"),
             (Command::AddService(service(80), ServiceSpec { sched_flags: flags(1), ..spec("rr") }), "-b"),
             (Command::AddService(service(80), ServiceSpec { sched_flags: flags(4), ..spec("mh") }), "flag-3"),
             (Command::AddService(service(80), ServiceSpec { persistence_s: Some(300), ..spec("rr") }), "-p"),

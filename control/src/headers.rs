@@ -72,7 +72,10 @@ impl Headers {
         let (macs, rest) = frame.split_at_checked(12)?;
         let mac = |at: usize| Some(Mac(macs.get(at..at + 6)?.try_into().ok()?));
         let ethertype = u16::from_be_bytes([*rest.first()?, *rest.get(1)?]);
-        let packet = if matches!(ethertype, IPV4 | IPV6) { Ends::read(&rest[2..]) } else { None };
+        // As the data plane has it: a packet of another version than the Ethernet header says is none.
+        let version = rest.get(2).map(|first| first >> 4);
+        let is = matches!((ethertype, version), (IPV4, Some(4)) | (IPV6, Some(6)));
+        let packet = if is { Ends::read(&rest[2..]) } else { None };
         Some(Headers { to: mac(0)?, from: mac(6)?, ethertype, packet })
     }
 }

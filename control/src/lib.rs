@@ -15,3 +15,4 @@ pub mod net;
 pub mod nexthop;
 pub mod plan;
 pub mod realserver;
+pub mod settings;

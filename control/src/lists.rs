@@ -1,9 +1,9 @@
 //! A service's list of dests and the words of its schedulers' machines, after each change as the kernel has them
 //! (`__ip_vs_update_dest`, `__ip_vs_unlink_dest`, and the callbacks `ip_vs_rr_del_dest`, `ip_vs_wrr_dest_changed`,
-//! `ip_vs_mh_dest_changed`). The data plane reads the list from `LISTS` and moves the machines in `SERVICE_STATE`.
+//! `ip_vs_mh_dest_changed`, `ip_vs_sh_dest_changed`, `ip_vs_dh_dest_changed`). The data plane reads the list from `LISTS` and moves the machines in `SERVICE_STATE`.
 
 use rvs_datapath::abi::{ListEntry, ListHead, ServiceState};
-use rvs_datapath::sched::{self, mh};
+use rvs_datapath::sched::{self, dh, mh, sh};
 
 /// One change of a service's list. Dests are indexes in `DESTS`, weights the effective ones.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -130,11 +130,22 @@ pub fn last_weight(before: Option<u32>, weight: u32) -> u32 {
     }
 }
 
-/// mh's lookup table for `TABLES`; `members` in list order. It is built anew whenever a dest is added, edited or removed.
-pub fn mh_table(members: &[mh::Member]) -> Vec<u32> {
-    let mut table = vec![0; mh::SIZE as usize];
-    mh::build(members, &mut table);
-    table
+/// The lookup table for `TABLES` of a scheduler that has one; `members` in list order. It is built anew whenever a dest is added, edited or
+/// removed. (The kernel's dh does not look at edits, but its table knows nothing that they could change.)
+pub fn table(scheduler: sched::Kind, members: &[sched::Member]) -> Option<Vec<u32>> {
+    let size = match scheduler {
+        sched::Kind::Mh => mh::SIZE,
+        sched::Kind::Sh => sh::SIZE,
+        sched::Kind::Dh => dh::SIZE,
+        _ => return None,
+    };
+    let mut table = vec![0; size as usize];
+    match scheduler {
+        sched::Kind::Mh => mh::build(members, &mut table),
+        sched::Kind::Sh => sh::build(members, &mut table),
+        _ => dh::build(members, &mut table),
+    }
+    Some(table)
 }
 
 fn gcd(a: u32, b: u32) -> u32 {

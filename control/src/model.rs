@@ -18,6 +18,7 @@ pub use types::{
 };
 
 use crate::limits;
+use crate::settings::Settings;
 
 /// A virtual service with its dests.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub struct Service {
     /// Sources for FULLNAT.
     pub local_addresses: BTreeSet<IpAddr>,
     pub defence: Defence,
+    /// Its real servers are told of their clients by PROXY headers, version 2.
+    pub proxy: bool,
     /// When it was added, in commands: the order of [`Model::services_by_age`].
     age: u64,
     dests: DestList,
@@ -71,7 +74,7 @@ impl DestList {
     }
 }
 
-/// Do replies of a real server by this method come by the director? Without them SYN cookies can't be.
+/// Do replies of a real server by this method come by the director? Without them neither SYN cookies nor PROXY headers can be.
 pub fn takes_cookies(method: FwdMethod) -> bool {
     matches!(method, FwdMethod::Masq | FwdMethod::Fullnat)
 }
@@ -83,6 +86,7 @@ pub struct Model {
     /// Services by age, oldest first.
     by_age: BTreeMap<u64, ServiceKey>,
     timeouts: Timeouts,
+    settings: Settings,
     master: Option<SyncDaemon>,
     backup: Option<SyncDaemon>,
     dest_count: usize,
@@ -123,6 +127,15 @@ impl Model {
         self.timeouts
     }
 
+    pub fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// So much memory is free now: settings that wait for it to be short act, or no longer.
+    pub fn see_memory(&mut self, free_pages: u64) {
+        self.settings = self.settings.seen(free_pages);
+    }
+
     pub fn daemon(&self, role: DaemonRole) -> Option<&SyncDaemon> {
         match role {
             DaemonRole::Master => self.master.as_ref(),
@@ -147,6 +160,11 @@ impl Model {
                 Ok(Change::Zeroed(Some(*key)))
             }
             Command::SetTimeouts(timeouts) => self.set_timeouts(*timeouts),
+            Command::Set(name, value) => {
+                let before = self.settings;
+                self.settings = before.with(name, *value)?;
+                Ok(Change::SettingChanged { before })
+            }
             Command::StartDaemon(spec) => self.start_daemon(spec, env),
             Command::StopDaemon(role) => {
                 let was = self.daemon_slot(*role).take().ok_or(CommandError::NoDaemon)?;
@@ -161,6 +179,7 @@ impl Model {
                 Ok(Change::LocalAddressRemoved { service: *key, addr: *addr })
             }
             Command::Defend(key, defence) => self.defend(*key, *defence),
+            Command::Proxy(key, on) => self.proxy(*key, *on),
         }
     }
 
@@ -185,11 +204,17 @@ impl Model {
             Change::Flushed(services) => services.into_iter().for_each(|(key, service)| self.put_service(key, service)),
             Change::Zeroed(_) => {}
             Change::TimeoutsSet { before } => self.timeouts = before,
+            Change::SettingChanged { before } => self.settings = before,
             Change::DaemonStarted(role) => *self.daemon_slot(role) = None,
             Change::DaemonStopped { role, was } => *self.daemon_slot(role) = Some(was),
             Change::Defended { service, before } => {
                 if let Some(service) = self.services.get_mut(&service) {
                     service.defence = before;
+                }
+            }
+            Change::ProxySet { service, before } => {
+                if let Some(service) = self.services.get_mut(&service) {
+                    service.proxy = before;
                 }
             }
             Change::LocalAddressAdded { service, addr } => {
@@ -218,6 +243,7 @@ impl Model {
             config,
             local_addresses: BTreeSet::new(),
             defence: Defence::default(),
+            proxy: false,
             age,
             dests: DestList::default(),
         };
@@ -240,6 +266,7 @@ impl Model {
         self.existing(&key)?;
         self.check_family(&key, &dest)?;
         check_dest(&dest)?;
+        check_proxied(self.existing(&key)?.proxy, &dest)?;
         let dest = with_forced_port(&key, dest);
         if self.existing(&key)?.dest(&dest.key).is_some() {
             return Err(CommandError::DestExists);
@@ -259,6 +286,7 @@ impl Model {
         self.existing(&key)?;
         self.check_family(&key, &dest)?;
         check_dest(&dest)?;
+        check_proxied(self.existing(&key)?.proxy, &dest)?;
         let dest = with_forced_port(&key, dest);
         let before = self.existing(&key)?.dests.replace(dest).ok_or(CommandError::NoSuchDest)?;
         Ok(Change::DestEdited { service: key, before })
@@ -358,6 +386,18 @@ impl Model {
         Ok(Change::Defended { service: key, before })
     }
 
+    fn proxy(&mut self, key: ServiceKey, on: bool) -> Result<Change, CommandError> {
+        let service = self.existing(&key)?;
+        if on {
+            if !matches!(key, ServiceKey::Virtual { proto: Proto::Tcp, .. }) {
+                return Err(CommandError::ProxyNotTcp);
+            }
+            service.dests().try_for_each(|dest| check_proxied(true, dest))?;
+        }
+        let before = std::mem::replace(&mut service.proxy, on);
+        Ok(Change::ProxySet { service: key, before })
+    }
+
     fn existing(&mut self, key: &ServiceKey) -> Result<&mut Service, CommandError> {
         self.services.get_mut(key).ok_or(CommandError::NoSuchService)
     }
@@ -448,6 +488,11 @@ fn resolve(key: &ServiceKey, spec: &ServiceSpec) -> Result<ServiceConfig, Comman
         engine,
         one_packet: spec.one_packet,
     })
+}
+
+/// A server that waits for a header must get it from every director's packet.
+fn check_proxied(proxy: bool, dest: &Dest) -> Result<(), CommandError> {
+    if proxy && !takes_cookies(dest.method) { Err(CommandError::ProxyOneWay(dest.key.addr)) } else { Ok(()) }
 }
 
 /// Checks that adding and editing share (`ip_vs_add_dest`, `ip_vs_edit_dest`).

@@ -10,6 +10,7 @@
 //! then a dest that is added again, by the same name to the same service, gets its index back, and its connections
 //! flow again (the kernel's trash, `ip_vs_trash_get_dest`).
 
+mod host;
 mod op;
 mod place;
 mod record;
@@ -23,10 +24,10 @@ use std::net::IpAddr;
 
 use rvs_datapath::abi::{self, ListEntry, dest as flag, service as service_flag};
 use rvs_datapath::conn;
-use rvs_datapath::sched::mh;
+use rvs_datapath::sched;
 
 use crate::lists;
-use crate::model::{Change, Dest, DestKey, Model, Scheduler, Service, ServiceKey};
+use crate::model::{Change, Dest, DestKey, Model, Service, ServiceKey};
 pub use op::MapOp;
 use place::{Indexes, Run, Runs};
 use record::{abi_key, describe, method_bits, tunnel_record};
@@ -91,7 +92,7 @@ struct Placed {
 impl Placed {
     /// How the data plane forwards to a dest of it.
     fn method_bits(&self, dest: &Dest) -> u32 {
-        method_bits(dest.method, self.record.cookies != 0)
+        method_bits(dest.method, self.record.cookies != 0, self.record.flags & service_flag::PROXY != 0)
     }
 }
 
@@ -198,12 +199,18 @@ impl Planner {
                 step.ops.push(MapOp::Timeouts(conn::Timeouts { tcp: t.tcp_s, tcp_fin: t.tcp_fin_s, udp: t.udp_s }));
                 Ok(())
             }
+            Change::SettingChanged { .. } => {
+                step.ops.extend(self.settings(model).ops);
+                Ok(())
+            }
             // Places for what the data plane can't do yet; the capability table refuses the commands.
             Change::DaemonStarted(_) | Change::DaemonStopped { .. } => Ok(()),
             Change::LocalAddressAdded { service, .. } | Change::LocalAddressRemoved { service, .. } => {
                 self.relocate(model, *service, now_ms, &mut step)
             }
-            Change::Defended { service, .. } => self.defend(model, *service, now_ms, &mut step),
+            Change::Defended { service, .. } | Change::ProxySet { service, .. } => {
+                self.defend(model, *service, now_ms, &mut step)
+            }
         };
         match done {
             Ok(()) => Ok(step),
@@ -289,7 +296,7 @@ impl Planner {
         let before = placed.record.scheduler;
         describe(&mut placed.record, service, &key, self.is_local(&key));
         // A hash scheduler's table comes before it and goes after it: new connections find a dest all the while.
-        let hashes = service.config.scheduler == Some(Scheduler::Mh);
+        let hashes = service.config.scheduler.is_some_and(|scheduler| lists::table(scheduler, &[]).is_some());
         if hashes {
             self.retable(&mut placed, service, now_ms, step)?;
         }
@@ -343,7 +350,8 @@ impl Planner {
         Ok(())
     }
 
-    /// Rate limits and SYN cookies. With cookies, connections by NAT have sequence numbers of their own: another method, to the data plane.
+    /// Rate limits, SYN cookies, PROXY headers. With the last two, connections by NAT have sequence numbers of their own: another method, to the
+    /// data plane.
     fn defend(&mut self, model: &Model, key: ServiceKey, now_ms: u64, step: &mut Step) -> Result<(), PlanError> {
         let (Some(service), Some(mut placed)) = (model.service(&key), self.services.get(&key).cloned()) else {
             return Ok(());
@@ -528,7 +536,7 @@ impl Planner {
     }
 
     fn has_method(&self, index: u32, bits: u32) -> bool {
-        let method = |out: u64| out as u32 & (flag::METHOD | flag::OWN);
+        let method = |out: u64| out as u32 & (flag::METHOD | flag::OWN | flag::PROXY);
         self.dests.get(&index).is_some_and(|m| method(m.record.out) == bits)
     }
 
@@ -588,133 +596,20 @@ impl Planner {
         step: &mut Step,
     ) -> Result<(), PlanError> {
         let old = placed.table.take();
-        if service.config.scheduler == Some(Scheduler::Mh) {
-            let run = self.rest.tables.take(mh::SIZE)?;
-            let members: Vec<mh::Member> = service
-                .dests()
-                .filter_map(|d| placed.dests.get(&d.key).map(|p| (d, p)))
-                .map(|(d, p)| mh::Member {
-                    dest: p.index,
-                    address: bytes(d.key.addr),
-                    port: d.key.port,
-                    last_weight: p.last_weight,
-                })
-                .collect();
-            placed.record.table = u64::from(run.first) | u64::from(mh::SIZE) << 32;
-            placed.table = Some(run);
-            let places = lists::mh_table(&members);
-            step.ops.push(MapOp::Table { service: placed.index, first: run.first, places });
-        } else if old.is_some() {
-            placed.record.table = 0;
-            step.ops.push(MapOp::Table { service: placed.index, first: 0, places: Vec::new() });
+        let places = service.config.scheduler.and_then(|scheduler| lists::table(scheduler, &members(service, placed)));
+        let size = places.as_ref().map_or(0, |p| p.len() as u32);
+        if size > 0 {
+            placed.table = Some(self.rest.tables.take(size)?);
+        }
+        if size > 0 || old.is_some() {
+            let first = placed.table.map_or(0, |run| run.first);
+            placed.record.table = u64::from(first) | u64::from(size) << 32;
+            step.ops.push(MapOp::Table { service: placed.index, first, places: places.unwrap_or_default() });
         }
         if let Some(old) = old {
             self.rest.tables.retire(old, now_ms);
         }
         Ok(())
-    }
-
-    // ---- the host
-
-    /// The addresses of this host, as they are now.
-    pub fn locals(&mut self, locals: BTreeSet<IpAddr>) -> Step {
-        self.locals = locals;
-        let mut step = Step::default();
-        for (key, placed) in &mut self.services {
-            let ServiceKey::Virtual { addr, .. } = key else { continue };
-            let flags = placed.record.flags & !service_flag::LOCAL
-                | if self.locals.contains(addr) { service_flag::LOCAL } else { 0 };
-            if flags != placed.record.flags {
-                placed.record.flags = flags;
-                step.ops.push(MapOp::Service { index: placed.index, value: placed.record, fresh: false });
-            }
-        }
-        step
-    }
-
-    fn is_local(&self, key: &ServiceKey) -> bool {
-        matches!(key, ServiceKey::Virtual { addr, .. } if self.locals.contains(addr))
-    }
-
-    /// The addresses to which ways are wanted.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.by_address.keys().copied()
-    }
-
-    /// Is no way to this address known yet?
-    pub fn lacks_way(&self, address: IpAddr) -> bool {
-        !self.ways.contains_key(&address) && !self.locals.contains(&address)
-    }
-
-    /// The ways there are now, to all addresses; an address without one is reached through the kernel's tables, packet by packet.
-    /// If there is no room for all hops, some stay without.
-    pub fn ways(&mut self, ways: BTreeMap<IpAddr, Way>, now_ms: u64) -> Step {
-        self.ways = ways;
-        let mut step = Step::default();
-        let hops_wanted: BTreeSet<_> = self.ways.values().filter_map(hop_key).collect();
-        for key in &hops_wanted {
-            if !self.hops.contains_key(key)
-                && let Ok(index) = self.rest.hop_indexes.take()
-            {
-                self.hops.insert(*key, index);
-                step.ops.push(MapOp::Hop { index, value: abi::Hop { macs: key.0, ifindex: key.1 } });
-            }
-        }
-        let mut dests = std::mem::take(&mut self.dests);
-        for (index, mirror) in &mut dests {
-            let pointed = self.pointed(*mirror);
-            if pointed.tunnel != mirror.tunnel {
-                step.ops.push(MapOp::Tunnel { index: *index, value: pointed.tunnel });
-            }
-            if pointed.record != mirror.record {
-                step.ops.push(MapOp::Dest { index: *index, value: pointed.record });
-            }
-            *mirror = pointed;
-        }
-        self.dests = dests;
-        let mut services = std::mem::take(&mut self.services);
-        services.values_mut().filter(|placed| placed.record.cookies != 0).for_each(|p| self.ask(p, &mut step));
-        self.services = services;
-        let unused: Vec<_> =
-            self.hops.iter().filter(|(k, _)| !hops_wanted.contains(*k)).map(|(k, i)| (*k, *i)).collect();
-        for (key, index) in unused {
-            self.hops.remove(&key);
-            self.rest.hop_indexes.retire(index, now_ms);
-        }
-        step
-    }
-
-    /// Is a real server that is this host served by NAT?
-    pub fn has_local_masq(&self) -> bool {
-        self.dests.values().any(|m| {
-            let flags = m.record.out as u32;
-            let by_nat = matches!(flags & flag::METHOD, flag::MASQ | flag::FULLNAT);
-            flags & flag::LOCAL != 0 && by_nat && flags & flag::AVAILABLE != 0
-        })
-    }
-
-    /// A dest with the way to its address.
-    fn pointed(&self, mut mirror: Mirror) -> Mirror {
-        let (record, address) = (&mut mirror.record, mirror.address);
-        // Of this host it is known at once; a reply of NAT must first find its egress program.
-        let by_nat = matches!(record.out as u32 & flag::METHOD, flag::MASQ | flag::FULLNAT);
-        let at_once = self.locals.contains(&address) && !by_nat;
-        let way = if at_once { Some(&Way::Local) } else { self.ways.get(&address) };
-        let hop = way.and_then(hop_key).and_then(|k| self.hops.get(&k)).copied().unwrap_or(0);
-        let local = if way == Some(&Way::Local) { flag::LOCAL } else { 0 };
-        let flags = record.out as u32 & !flag::LOCAL | local;
-        record.out = u64::from(flags) | u64::from(hop) << 32;
-        record.mtu = match way {
-            Some(Way::Hop { mtu, .. }) => *mtu,
-            _ => 0,
-        };
-        // Without a way for a while, the address of before is as good as any.
-        if let Some(Way::Hop { source: Some(source), .. }) = way
-            && record.out as u32 & flag::METHOD == flag::TUNNEL
-        {
-            mirror.tunnel.source = bytes(*source).into();
-        }
-        mirror
     }
 
     // ---- time
@@ -787,9 +682,12 @@ impl Planner {
     }
 }
 
-fn hop_key(way: &Way) -> Option<([u32; 3], u32)> {
-    match way {
-        Way::Hop { macs, ifindex, .. } => Some((*macs, *ifindex)),
-        Way::Local => None,
-    }
+/// The dests of a service in list order, for the tables of hash schedulers.
+fn members(service: &Service, placed: &Placed) -> Vec<sched::Member> {
+    let member = |d: &Dest| {
+        let PlacedDest { index, last_weight, .. } = *placed.dests.get(&d.key)?;
+        let DestKey { addr, port } = d.key;
+        Some(sched::Member { dest: index, address: bytes(addr), port, weight: d.weight, last_weight })
+    };
+    service.dests().filter_map(member).collect()
 }

@@ -66,6 +66,7 @@ pub fn answer(d: &mut Director, request: Request) -> Answer {
             let t = d.model.timeouts();
             ResponseBody::Timeouts(api::Timeouts { tcp_s: t.tcp_s, tcp_fin_s: t.tcp_fin_s, udp_s: t.udp_s })
         }
+        RequestBody::Settings => ResponseBody::Settings(api::settings(&d.model)),
         RequestBody::Daemons => ResponseBody::Daemons(api::daemons(&d.model)),
         RequestBody::Drops => or_refused(verdicts(d).map(ResponseBody::Drops)),
         RequestBody::Stats => or_refused(report(d).map(|r| ResponseBody::Stats(Box::new(r)))),
@@ -103,6 +104,7 @@ fn status(d: &Director) -> Result<Status, BpfError> {
         services: u32::try_from(d.model.service_count()).unwrap_or(u32::MAX),
         dests: u32::try_from(d.model.dest_count()).unwrap_or(u32::MAX),
         connections,
+        thinned: d.dataplane.maps.clock.get(0)?.thinned,
         interfaces: d.interfaces.iter().map(|(name, how)| format!("{name} {how}")).collect(),
         warnings: d.warnings.iter().cloned().collect(),
     })

@@ -147,11 +147,12 @@ impl Director {
         Ok(())
     }
 
-    /// The first real server by FULLNAT, or service with SYN cookies: what is kept of their flows needs room.
+    /// The first real server by FULLNAT, or service with SYN cookies or PROXY headers: what is kept of their flows needs room.
     fn make_sides(&mut self, change: &Change) -> Result<(), BpfError> {
         let service = match change {
             Change::DestAdded { service, .. }
             | Change::DestEdited { service, .. }
+            | Change::ProxySet { service, .. }
             | Change::Defended { service, .. } => self.model.service(service),
             _ => None,
         };
@@ -162,8 +163,8 @@ impl Director {
             _ => None,
         };
         let lends = dest.is_some_and(|d| d.method == FwdMethod::Fullnat);
-        if (lends || service.defence.cookies_above.is_some()) && self.dataplane.make_sides(OBJECT)? {
-            tracing::info!("room made for connections by full NAT and with SYN cookies");
+        if (lends || service.proxy || service.defence.cookies_above.is_some()) && self.dataplane.make_sides(OBJECT)? {
+            tracing::info!("room made for connections by full NAT, with SYN cookies and PROXY headers");
         }
         Ok(())
     }
@@ -173,7 +174,7 @@ impl Director {
     fn note_unready(&mut self, change: &Change) {
         let Change::DestAdded { service, dest } = change else { return };
         let direct = self.model.service(service).is_some_and(|s| {
-            s.defence.cookies_above.is_some() || s.dest(dest).is_some_and(|d| d.method != FwdMethod::Masq)
+            s.proxy || s.defence.cookies_above.is_some() || s.dest(dest).is_some_and(|d| d.method != FwdMethod::Masq)
         });
         let xdp = self.interfaces.values().any(|hook| hook != Hook::Tc.name());
         if direct && xdp && self.planner.lacks_way(dest.addr) {
@@ -223,9 +224,25 @@ impl Director {
         self.dataplane.maps.apply(&step.ops)
     }
 
+    /// Settings that wait for memory to be short act, or no longer.
+    fn see_memory(&mut self) -> Result<(), BpfError> {
+        // Without it, what was known last goes on holding.
+        let Ok(free_pages) = rvs_sys::memory::free_pages() else { return Ok(()) };
+        let before = self.model.settings();
+        self.model.see_memory(free_pages);
+        let after = self.model.settings();
+        if (after.level(), after.values()) == (before.level(), before.values()) {
+            return Ok(());
+        }
+        let step = self.planner.settings(&self.model);
+        self.dataplane.maps.apply(&step.ops)
+    }
+
     /// Once a second: what is out of use long enough becomes free.
     pub fn tick(&mut self) -> Result<(), BpfError> {
         let now_ms = self.now_ms();
+        self.dataplane.tidy()?;
+        self.see_memory()?;
         self.planner.tick(now_ms);
         let trashed: BTreeSet<u32> = self.planner.trashed().collect();
         self.idle_since.retain(|index, _| trashed.contains(index));

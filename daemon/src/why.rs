@@ -171,7 +171,7 @@ fn dest_of(d: &Director, index: u32, port: u16) -> Result<(WhyDest, Option<Servi
     let key = DestKey { addr: id.addr, port: record.port };
     let weight = model.and_then(|s| s.dest(&key)).map(|dest| dest.weight);
     let weight = weight.filter(|_| flags & dest::AVAILABLE != 0);
-    Ok((WhyDest { id, forward, weight }, service))
+    Ok((WhyDest { id, forward, weight, proxy: record.proxied() }, service))
 }
 
 /// Address and port of the dest of this index (`port`: the packet's own, for one that has none), and its service.

@@ -92,12 +92,29 @@ pub struct Config {
     pub version: u64,
     pub seed: Seed,
     pub policy: Policy,
-    /// Settings to come.
+    /// Bits [`config`].
     pub flags: u32,
     /// `Clock::ticks` when the policy's epoch was turned last.
     pub turned_at: u32,
     /// `--set` in seconds, as typed: tcp, tcpfin, udp, and one spare.
     pub timeouts_s: [u32; 4],
+    /// Of so many packets that may begin a connection one is dropped (`drop_packet`); 0: none.
+    pub drop_rate: u32,
+    pub spare: u32,
+    /// `rvs set`, by the number of the setting; the data plane reads none of them.
+    pub settings: [u32; SETTINGS_MAX],
+}
+pub const SETTINGS_MAX: usize = 16;
+
+/// Bits of [`Config::flags`]: what settings come to.
+pub mod config {
+    /// Connections are thinned out (`drop_entry`).
+    pub const DROP_ENTRY: u32 = 1;
+    /// The other table of TCP's states (`secure_tcp`).
+    pub const SECURE_TCP: u32 = 2;
+    /// TCP and SCTP connections begin with any packet.
+    pub const SLOPPY_TCP: u32 = 4;
+    pub const SLOPPY_SCTP: u32 = 8;
 }
 
 /// Written by the timer.
@@ -112,6 +129,10 @@ pub struct Clock {
     pub icmp: u64,
     /// Monotonic nanoseconds of the last tick.
     pub tick_ns: u64,
+    /// Connections that `drop_entry` has taken.
+    pub thinned: u64,
+    /// Packets that `drop_packet` was asked about.
+    pub begun: u64,
     pub stamps: Stamps,
 }
 impl Clock {
@@ -222,6 +243,8 @@ pub mod service {
     pub const NONLOCAL: u32 = 32;
     /// Its cookies work: replies of all its dests come by here.
     pub const ASKS: u32 = 64;
+    /// Its real servers are told of their clients by PROXY headers (`proxy`).
+    pub const PROXY: u32 = 128;
 }
 
 /// A virtual service. The first 32 bytes are what a new connection reads.
@@ -342,6 +365,8 @@ pub mod dest {
     pub const V6: u32 = 32;
     /// With [`FULLNAT`]: what flows are lent is their client's own address and port. That is NAT, with sequence numbers of its own.
     pub const OWN: u32 = 64;
+    /// With [`FULLNAT`]: its clients are told of by PROXY headers (`proxy`).
+    pub const PROXY: u32 = 128;
 }
 
 /// A dest (real server of one service), what each packet reads.
@@ -367,6 +392,11 @@ impl Dest {
     #[inline(always)]
     pub fn lends_own(&self) -> bool {
         self.out as u32 & dest::OWN != 0
+    }
+    /// Is it told of its clients by PROXY headers?
+    #[inline(always)]
+    pub fn proxied(&self) -> bool {
+        self.out as u32 & dest::PROXY != 0
     }
 }
 
@@ -464,17 +494,18 @@ pub const REPLY_HOPS_MAX: u32 = 256;
 /// Words of a row of SIDE4 and of SIDE6.
 pub const SIDE4_WORDS: usize = 4;
 pub const SIDE6_WORDS: usize = 8;
-/// Datagrams in fragments at a time: 256 KiB of notes.
+/// Datagrams in fragments at a time: 320 KiB of notes.
 pub const FRAGMENTS_MAX: u32 = 4096;
 /// Words of a note: see [`crate::frag`].
 pub mod fragment {
-    pub const WORDS: usize = 8;
+    pub const WORDS: usize = 10;
     pub const CONTROL: u32 = 0;
     /// Four words.
     pub const ADDRESSES: u32 = 1;
     pub const REST: u32 = 5;
-    /// The virtual address of replies, two words.
-    pub const ADDRESS: u32 = 6;
+    /// Addresses that later fragments get, two words each; 0: it stays, or the dest says.
+    pub const SOURCE: u32 = 6;
+    pub const DESTINATION: u32 = 8;
 }
 /// Room for the programs' own structures.
 pub const SCRATCH_WORDS: usize = 64;
@@ -483,8 +514,8 @@ pub const SCRATCH_WORDS: usize = 64;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Trace {
-    /// A bit for each [`crate::verdict::Reason`].
-    pub reasons: u64,
+    /// A bit for each [`crate::verdict::Reason`], the low ones first.
+    pub reasons: [u64; 2],
     /// Source or destination, of `family`, under the mask; a mask of 0: any.
     pub address: [u8; 16],
     pub mask: [u8; 16],
@@ -530,8 +561,8 @@ pub struct TraceRoom {
 
 /// Sizes, and no padding: the sum of the fields.
 const _: () = {
-    assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 8 + 16);
-    assert!(size_of::<Clock>() == 24 + 256);
+    assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 8 + 16 + 8 + 4 * SETTINGS_MAX);
+    assert!(size_of::<Clock>() == 40 + 256);
     assert!(size_of::<Iface>() == 24);
     assert!(size_of::<Vlan>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
@@ -546,7 +577,7 @@ const _: () = {
     assert!(size_of::<Stats>() == 40);
     assert!(size_of::<CpuStats>() == 64);
     assert!(size_of::<Hop>() == 16);
-    assert!(size_of::<Trace>() == 8 + 32 + 4 + 4);
+    assert!(size_of::<Trace>() == 16 + 32 + 4 + 4);
     assert!(size_of::<Traced>() == 32);
     assert!(size_of::<TraceRoom>() == 8 + 32 + TRACE_BYTES);
 };

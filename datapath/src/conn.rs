@@ -34,6 +34,7 @@ use crate::ct::{self, Buckets, Cost, Entry, Family, Found, Hit, Key, LINKED, Loo
 
 mod addressing;
 pub mod fullnat;
+pub mod thin;
 
 pub use addressing::Addressing;
 

@@ -174,9 +174,9 @@ fn fourth(header: u32, flags: u8, window: u32) -> u32 {
     header << 26 | u32::from(flags) << 16 | window
 }
 
-/// A SYN: the answer to it, at once.
+/// A SYN: the answer to it, at once. `room`: what the client's segments are to have room for beside their own.
 #[inline(always)]
-pub fn challenge<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+pub fn challenge<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, room: u32) -> Verdict {
     let Some((sequence, _, header)) = tcp::numbers::<I, P>(p) else { return drop(Reason::Internal) };
     // Without data (of Fast Open; the next try comes without) and extra headers, and not in fragments.
     if flow.by != 0 || !flow.part.is_whole() || flow.len != I::HEADER as u32 + header {
@@ -187,7 +187,7 @@ pub fn challenge<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I
     let now_s = I::conns(t).now_s();
     let cookie = make::<I>(&t.config().seed, &flow.key, sequence, now_s, packed(offer));
     let mut delta = Delta::default();
-    let mss = 1500 - I::HEADER as u16 - 20 - crate::fullnat::told_length::<I>() as u16;
+    let mss = 1500 - I::HEADER as u16 - 20 - room as u16;
     let [first, second, third] = words(mss, offer.sack, offer.scale.map(|_| SCALE));
     let mut at = 20;
     while at < 60 {
@@ -232,14 +232,24 @@ pub fn knock<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, n
         let Some(side) = lent::side::<I, _>(c, number, &flow.key) else { return drop(Reason::Entering) };
         (side.first.wrapping_sub(1), side.cookie)
     };
+    let mut delta = Delta::default();
+    let mut len = flow.len;
+    if flow.transport_len() == 21 && header == 20 {
+        // A probe of the window with a byte of data, which is not for a SYN.
+        let Some(byte) = p.window(I::L4 + 21).map(|w| w.r8(I::L4 + 20)) else { return drop(Reason::Internal) };
+        if !p.cut(I::L4 + 20) {
+            return drop(Reason::Internal);
+        }
+        delta = delta.replace16(u16::from_ne_bytes([byte, 0]), 0);
+        len -= 1;
+    }
     // Who has been told of no options but these has none to send yet.
-    if header != 20 || flow.by != 0 || !p.open_gap(I::L4 + 20, OPTIONS) {
+    if header != 20 || flow.by != 0 || !p.open_gap(I::L4 + 20, 0, OPTIONS) {
         return drop(Reason::CookieRefused);
     }
-    let mut delta = Delta::default();
     {
         let Some(mut w) = p.window(I::L4 + 20 + OPTIONS) else { return drop(Reason::Internal) };
-        I::grow(&mut w, OPTIONS as u16);
+        I::grow(&mut w, (len + OPTIONS as u32).wrapping_sub(flow.len) as u16);
         put(&mut w, I::L4 + 4, first, &mut delta);
         put(&mut w, I::L4 + 8, 0, &mut delta);
         let window = u32::from(u16::from_be(w.r16(I::L4 + 14))) << client_scale(cookie);
@@ -261,20 +271,21 @@ pub fn knock<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, n
         }
     }
     let length = (flow.len as u16).wrapping_sub(I::HEADER as u16);
-    let longer = Delta::default().replace16(length.to_be(), length.wrapping_add(OPTIONS as u16).to_be());
+    let after = (len as u16).wrapping_sub(I::HEADER as u16).wrapping_add(OPTIONS as u16);
+    let longer = Delta::default().replace16(length.to_be(), after.to_be());
     if !p.fix_transport(I::L4 + 16, false, longer, delta) {
         return drop(Reason::Internal);
     }
-    t.keep(&Flow { flags: tcp::SYN, len: flow.len + OPTIONS as u32, cookie, ..*flow });
+    t.keep(&Flow { flags: tcp::SYN, len: len + OPTIONS as u32, cookie, ..*flow });
     if number == PROVE { Verdict::go(Stage::First, 0) } else { Verdict::go(Stage::Fullnat, number) }
 }
 
 /// Bytes of the options of a SYN made here.
 const OPTIONS: usize = 12;
 
-/// What a server says to a SYN made here, options blanked: the client is to get an ACK of it, which opens the window. Or it is `turned`, and
-/// the server is answered in the client's place: with an ACK, when its SYN,ACK comes again (its client has nothing to say); with a RST, when it
-/// believes in another connection.
+/// What a server says to a SYN made here, options blanked: the client is to get an ACK of it, which opens the window. Or it is to be `turned`
+/// (by [`xmit::turn`]), and the server is answered in the client's place: with an ACK, when its SYN,ACK comes again (its client has nothing to
+/// say); with a RST, when it believes in another connection.
 #[inline(always)]
 pub fn opened<I: Ip, P: Packet>(p: &mut P, header: u32, flags: u8, scale: u8, turned: bool) -> Option<()> {
     let mut delta = Delta::default();
@@ -290,9 +301,6 @@ pub fn opened<I: Ip, P: Packet>(p: &mut P, header: u32, flags: u8, scale: u8, tu
             window = (window >> scale.min(14)).max(1);
         }
         put(&mut w, I::L4 + 12, fourth(header, flags, window), &mut delta);
-    }
-    if turned && !xmit::turn::<I, P>(p) {
-        return None;
     }
     p.fix_transport(I::L4 + 16, false, Delta::default(), delta).then_some(())
 }

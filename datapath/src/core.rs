@@ -16,7 +16,7 @@ mod fragments;
 
 use ::core::hint::cold_path;
 
-use crate::abi::{Dest, Hop, Iface, ServiceKey, dest, hop, service};
+use crate::abi::{Dest, Hop, Iface, ServiceKey, config, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::cookie;
 use crate::ct::{self, Found, V4, V6};
@@ -27,6 +27,7 @@ use crate::icmp::{Answer, Error};
 use crate::limits;
 use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::{Way, sctp, tcp};
+use crate::proxy;
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
@@ -144,7 +145,7 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
                 Err(verdict) => verdict,
             };
         }
-        Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent => {
+        Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent | Stage::ErrorOuter => {
             return match I::find(p) {
                 Ok(place) => errors::related::<I, _, T>(&mut Far::<I, P>::new(p, place.by), t, place.by, stage, number),
                 Err(verdict) => verdict,
@@ -198,11 +199,12 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::TimeExceeded => error(p, t, flow, Error::TimeExceeded, 0),
         Stage::PortUnreachable => error(p, t, flow, Error::PortUnreachable, 0),
         Stage::TooBig => error(p, t, flow, Error::TooBig, number),
-        Stage::Challenge => cookie::challenge(p, t, flow),
+        Stage::Challenge => cookie::challenge(p, t, flow, number),
         Stage::Knock => cookie::knock(p, t, flow, number),
         Stage::Fullnat => fullnat::request(p, t, flow, number),
         Stage::Introduce => fullnat::introduce(p, t, flow, number),
         Stage::FullnatReply => fullnat::reply(p, t, flow, number),
+        Stage::Announce => proxy::announce(p, t, flow, number),
         Stage::ReplyOptions => fullnat::reply_options(p, t, flow, number),
         Stage::FullnatSend => fullnat::send(p, t, flow, number),
         _ => open(t, flow, stage, number),
@@ -311,7 +313,7 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
     hit: &HitOf<'_, I, I::Conns>,
 ) -> Verdict {
     let way = way(hit.control & ct::LINKED != 0);
-    let next = step::<I, P>(flow, ct::state(hit.control), way);
+    let next = unchanged::<I, P>(flow, ct::state(hit.control), way);
     let current = conn::is_current::<I, _>(c, hit.control, flow.proto_by::<P>(), next, true);
     if !current && starts_anew(c, flow, hit.control) {
         cold_path();
@@ -327,21 +329,24 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
     }
     if !current {
         cold_path();
-        let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step::<I, P>(flow, state, way));
+        let secure = has(t, config::SECURE_TCP);
+        let _ = conn::touch::<I, _, _>(c, hit, &flow.key.words, true, |state| step::<I, P>(flow, state, way, secure));
     }
     match t.hop(hop) {
         // (A real server that is this host has none.)
         Some(hop) if hop.ifindex != 0 && flow.ttl > 1 => {
             t.count_in(index, flow.len);
+            // The cheapest first: what they cost is what most packets cost.
             match flags & dest::METHOD {
-                dest::TUNNEL => return Verdict::go(Stage::Tunnel, index),
+                dest::ROUTE | dest::LOCAL_NODE => rewrite(p, flow, d, false, hop),
+                dest::MASQ => rewrite(p, flow, d, true, hop),
+                dest::TUNNEL => Verdict::go(Stage::Tunnel, index),
                 dest::FULLNAT => {
                     t.keep(flow);
-                    return Verdict::go(Stage::Fullnat, hit.slot::<I>());
+                    Verdict::go(Stage::Fullnat, hit.slot::<I>())
                 }
-                _ => {}
+                _ => drop(Reason::Internal),
             }
-            rewrite(p, flow, d, flags & dest::METHOD == dest::MASQ, hop)
         }
         _ => {
             cold_path();
@@ -376,14 +381,32 @@ fn way(linked: bool) -> Way {
 
 /// The state after this packet, which shows as a `P`.
 #[inline(always)]
-fn step<I: Ip, P: Packet>(flow: &Flow<I>, state: u64, way: Way) -> u64 {
+fn step<I: Ip, P: Packet>(flow: &Flow<I>, state: u64, way: Way, secure: bool) -> u64 {
     if P::SCTP && flow.sctp {
         sctp::next(state, flow.flags, way)
     } else if flow.tcp {
-        tcp::next(state, flow.flags, way)
+        tcp::next(state, flow.flags, way, secure)
     } else {
         0
     }
+}
+
+/// The same if it is the one before it, else any other number: most packets change nothing, and then need not know more.
+#[inline(always)]
+fn unchanged<I: Ip, P: Packet>(flow: &Flow<I>, state: u64, way: Way) -> u64 {
+    if P::SCTP && flow.sctp {
+        sctp::next(state, flow.flags, way)
+    } else if flow.tcp {
+        tcp::unchanged(state, flow.flags, way)
+    } else {
+        0
+    }
+}
+
+/// Is this bit of [`config`] set?
+#[inline(always)]
+fn has<T: Tables>(t: &T, flag: u32) -> bool {
+    t.config().flags & flag != 0
 }
 
 /// A packet of no known flow: enter it, if it is for a virtual service and may open one. It then is the first packet of that flow.
@@ -402,8 +425,19 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     }
     // tcp_conn_schedule: a RST never, anything else only with SYN; sctp_conn_schedule: INIT.
     if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN || flow.sctp && flow.flags != sctp::INIT {
+        let sloppy = if flow.tcp { config::SLOPPY_TCP } else { config::SLOPPY_SCTP };
         let proves = flow.tcp && s.asks() && flow.flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK;
-        return if proves { Verdict::go(Stage::Knock, cookie::PROVE) } else { pass(Reason::NoConnection) };
+        if proves {
+            return Verdict::go(Stage::Knock, cookie::PROVE);
+        }
+        if !has(t, sloppy) || flow.tcp && flow.flags & tcp::RST != 0 {
+            return pass(Reason::NoConnection);
+        }
+    }
+    let rate = t.config().drop_rate;
+    // ip_vs_todrop: the first one, and then every so many.
+    if rate != 0 && t.begun().is_multiple_of(u64::from(rate)) {
+        return drop(Reason::DropPacket);
     }
     if I::martian(flow.source()) || flow.source() == flow.destination() {
         return drop(Reason::Martian);
@@ -427,9 +461,9 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     let linked = is_nat(d) || lent;
     // In the state that this packet, its first, puts it in.
     let state = if flow.sctp {
-        sctp::INIT1
+        sctp::next(sctp::NONE, flow.flags, way(linked))
     } else if flow.tcp {
-        tcp::next(tcp::NONE, flow.flags, way(linked))
+        tcp::next(tcp::NONE, flow.flags, way(linked), has(t, config::SECURE_TCP))
     } else {
         0
     };
@@ -500,7 +534,8 @@ fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, ind
     }
     if d.lends() {
         if flow.part.is_later() {
-            return drop(Reason::FragmentLent);
+            // (The first one went another way: the method was changed.)
+            return drop(Reason::Entering);
         }
         t.keep(flow);
         return match ct::lookup::<I, _>(I::conns(t).table(), &flow.key) {
@@ -602,6 +637,10 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
 /// The real server is this host: up, translated if it listens elsewhere.
 #[inline(always)]
 fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) -> Verdict {
+    if d.proxied() {
+        // It would wait for a header that does not come.
+        return drop(Reason::ProxyLocal);
+    }
     if masq {
         let (address, port) = server(flow, d);
         if I::martian(address) {
@@ -660,11 +699,12 @@ pub fn replied<I: Of<T>, P: Packet, T: Tables>(
     reply: &conn::ReplyOf<'_, I, I::Conns>,
 ) -> u64 {
     let mut control = reply.forward.control;
-    let next = step::<I, P>(flow, ct::state(control), Way::Output);
+    let next = unchanged::<I, P>(flow, ct::state(control), Way::Output);
     if !conn::is_current::<I, _>(c, control, flow.proto_by::<P>(), next, false) {
-        let words = I::words(reply.client, reply.virtual_address);
-        let done =
-            conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| step::<I, P>(flow, state, Way::Output));
+        let (words, secure) = (I::words(reply.client, reply.virtual_address), has(t, config::SECURE_TCP));
+        let done = conn::touch::<I, _, _>(c, &reply.forward, &words, false, |state| {
+            step::<I, P>(flow, state, Way::Output, secure)
+        });
         control = done.unwrap_or(control);
     }
     t.count_out(conn::dest(control), flow.len);
@@ -684,7 +724,7 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
             return None;
         }
         t.count_out(note.dest, flow.len);
-        let from = I::from_pair(note.virtual_address);
+        let from = I::from_pair(note.source);
         let done = xmit::translate_any::<I, _>(p, &flow, End::Source, from, 0, false);
         return Some(if done { Verdict::new(Action::Up, Reason::MasqReply) } else { drop(Reason::Internal) });
     }
@@ -694,8 +734,8 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     }
     let reply = conn::follow::<I, _>(c, &flow.key, &reverse)?;
     if flow.part.is_first()
-        && let from = (reply.virtual_address, reply.virtual_port)
-        && let Some(reason) = fragments::note(t, &flow, conn::dest(reply.forward.control), Some(from))
+        && let note = fragments::reply_note::<I>(conn::dest(reply.forward.control), reply.virtual_address, None)
+        && let Some(reason) = fragments::note(t, &flow, note, reply.virtual_port)
     {
         return Some(drop(reason));
     }
@@ -713,7 +753,7 @@ fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
     let (sent, limited) = match error {
         Error::TimeExceeded => (Reason::TtlExceeded, Reason::TtlLimited),
         Error::PortUnreachable => (Reason::NoDest, Reason::NoDestLimited),
-        Error::TooBig => (Reason::SentTooBig, Reason::TooBigLimited),
+        Error::TooBig | Error::Said(_) => (Reason::SentTooBig, Reason::TooBigLimited),
     };
     if !t.may_send_icmp() {
         return drop(limited);

@@ -341,6 +341,10 @@ impl<I: Ip, P: Frame> Packet for Far<'_, I, P> {
         self.p.cut(len)
     }
     #[inline(always)]
+    fn strip(&mut self, n: usize) -> bool {
+        self.p.strip(n)
+    }
+    #[inline(always)]
     fn reach(&mut self, len: usize) {
         self.p.reach(len + self.by.unwrap_or(0));
     }
@@ -354,7 +358,7 @@ impl<I: Ip, P: Frame> Packet for Far<'_, I, P> {
     }
     /// Not behind extra headers.
     #[inline(always)]
-    fn open_gap(&mut self, at: usize, n: usize) -> bool {
-        self.by == Some(0) && self.p.open_gap(at, n)
+    fn open_gap(&mut self, at: usize, by: usize, n: usize) -> bool {
+        self.by == Some(0) && self.p.open_gap(at, by, n)
     }
 }

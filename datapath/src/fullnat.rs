@@ -13,7 +13,7 @@
 //! the first with data, or both. Never in the SYN, where SYN cookies forget it. An option 254 of the client's own is blanked meanwhile.
 
 use crate::abi::Dest;
-use crate::conn::{self, Conns, fullnat as lent};
+use crate::conn::{self, Conns, fullnat as lent, fullnat::Tells};
 use crate::cookie;
 use crate::core::{replied, server};
 use crate::csum::Delta;
@@ -21,6 +21,7 @@ use crate::ct::{self, Buckets, Found, Key};
 use crate::options::{Edit, TOA};
 use crate::packet::{Flow, Ip, Packet, Window};
 use crate::proto::tcp;
+use crate::proxy;
 use crate::tables::{Of, Route, Tables, Walker};
 use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
 use crate::xmit::{self, Ends};
@@ -67,7 +68,8 @@ pub fn lend<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> V
     let Some(index) = conn::dest_at::<I, _>(c, &flow.key, place) else { return Verdict::go(Stage::Whole, 0) };
     let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
     if d.lends_own() {
-        lent::lend::<I, _>(c, &flow.key, place, (flow.source(), flow.key.sport()), flow.cookie, true);
+        let tells = if d.proxied() { Tells::Header } else { Tells::Nothing };
+        lent::lend::<I, _>(c, &flow.key, place, (flow.source(), flow.key.sport()), flow.cookie, tells);
         return Verdict::go(Stage::Link, place);
     }
     let locals = t.service(d.service).map_or(0, |s| s.locals);
@@ -91,14 +93,15 @@ pub fn lend<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, place: conn::Place) -> V
         conn::give_up::<I, _>(c, &flow.key, place);
         return drop(Reason::NoLocalPort);
     };
-    lent::lend::<I, _>(c, &flow.key, place, local, flow.cookie, false);
+    let tells = if d.proxied() { Tells::Header } else { Tells::Option };
+    lent::lend::<I, _>(c, &flow.key, place, local, flow.cookie, tells);
     // (If another CPU enters one for that port meanwhile, the flow begins anew.)
     Verdict::go(Stage::Link, place)
 }
 
 /// In the number of [`Stage::Fullnat`], beside the slot: [`introduce`] has seen to the packet; and it found no room for the option.
-const INTRODUCED: u32 = 1 << 31;
-const BARE: u32 = 1 << 30;
+pub const INTRODUCED: u32 = 1 << 31;
+pub const BARE: u32 = 1 << 30;
 const _: () = assert!(conn::SLOTS_MAX <= BARE);
 
 /// A client's packet, counted and its state seen to, of the connection whose forward entry is in the slot that the number says.
@@ -165,7 +168,19 @@ pub fn introduce<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I
     let Some((sequence, acknowledged, header)) = tcp::numbers::<I, P>(p) else { return drop(Reason::Internal) };
     let syn = flow.flags & tcp::SYN != 0;
     let own = d.lends_own();
-    let edit = Edit { timestamps: syn && !own, toa: !own, sack: side.back().wrapping_neg(), ..Edit::NONE };
+    let lead = if side.is_proxied() { proxy::length::<I>() as u32 } else { 0 };
+    if syn && lead != 0 && (flow.by != 0 || flow.transport_len() != header) {
+        // Data would come before the header, and a header can't be put behind extra ones. (A client of Fast Open tries again without data.)
+        return drop(Reason::ProxyRefused);
+    }
+    let blank = syn && (!own || lead != 0);
+    let edit = Edit {
+        timestamps: syn && !own,
+        fast_open: blank,
+        toa: !own || blank,
+        sack: side.back().wrapping_neg(),
+        ..Edit::NONE
+    };
     let Some((mut changed, _)) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
     let mut length = Delta::default();
     let mut number = slot | INTRODUCED;
@@ -173,8 +188,16 @@ pub fn introduce<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I
         let first = sequence.wrapping_add(1);
         if side.first != first || side.delta == 0 {
             let delta = if own { 0 } else { initial(t, flow, d, &side).wrapping_sub(sequence) };
-            lent::begin::<I, _>(I::conns(t), slot, first, delta);
+            lent::begin::<I, _>(I::conns(t), slot, &side, first, delta.wrapping_add(lead));
         }
+        if lead != 0 {
+            match tcp::renumber::<I, P>(p, lead.wrapping_neg()) {
+                Some(more) => changed = changed.and(more),
+                None => return drop(Reason::Internal),
+            }
+        }
+    } else if side.owes_header() {
+        number = slot;
     } else if side.server != 0
         && !side.is_told()
         && acknowledged == side.server.wrapping_add(side.back())
@@ -189,7 +212,7 @@ pub fn introduce<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I
         return drop(Reason::Internal);
     }
     t.keep(flow);
-    Verdict::go(Stage::Fullnat, number)
+    Verdict::go(if number == slot { Stage::Announce } else { Stage::Fullnat }, number)
 }
 
 /// The sequence number that a host of the local address would begin with (RFC 6528).
@@ -220,7 +243,13 @@ fn tell<I: Of<T>, P: Packet, T: Tables>(
 ) -> Option<(Delta, Delta)> {
     let n = told_length::<I>();
     let room = if d.mtu == 0 { 1500 } else { u32::from(d.mtu) };
-    if header + n as u32 > 60 || flow.len + n as u32 > room || !t.sized() || !p.open_gap(I::L4 + 20, n) {
+    // (Behind a first fragment come others that say where in the datagram they belong.)
+    if !flow.part.is_whole()
+        || header + n as u32 > 60
+        || flow.len + n as u32 > room
+        || !t.sized()
+        || !p.open_gap(I::L4 + 20, 0, n)
+    {
         return None;
     }
     let mut w = p.window(I::L4 + 20 + n)?;
@@ -279,8 +308,15 @@ pub fn reply<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, n
             return Verdict::go(Stage::ReplyOptions, slot);
         }
         let ack = flow.flags & tcp::ACK != 0;
-        if ack && !syn && !side.is_told() && answer != side.first.wrapping_add(side.delta) {
-            lent::told::<I, _>(c, entry.slot, &side);
+        if ack && !syn && !side.is_told() {
+            if side.is_proxied() {
+                if number & EDITED == 0 {
+                    t.keep(flow);
+                    return Verdict::go(Stage::ReplyOptions, slot);
+                }
+            } else if answer != side.first.wrapping_add(side.delta) {
+                lent::told::<I, _>(c, entry.slot, &side);
+            }
         }
     }
     let reply = conn::Reply {
@@ -349,26 +385,44 @@ pub fn reply_options<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Fl
     let Some(reverse) = ct::glance::<I, _>(c.table(), slot, &flow.key) else { return pass(Reason::NoService) };
     let forward = conn::link_of(reverse.control);
     let Some((_, entry, side)) = lent::glance::<I, _>(c, &flow.key, forward) else { return pass(Reason::NoService) };
-    let Some((sequence, _, header)) = tcp::numbers::<I, P>(p) else { return drop(Reason::Internal) };
+    let Some((sequence, answer, header)) = tcp::numbers::<I, P>(p) else { return drop(Reason::Internal) };
     let syn = flow.flags & tcp::SYN != 0;
     let answers = flow.flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK;
     // The client has had its answer.
     let all = answers && side.cookie != 0;
     let own = t.dest(conn::dest(entry.control)).is_some_and(Dest::lends_own);
-    let mss_less = if syn && !own { told_length::<I>() as u16 } else { 0 };
+    let mss_less = match syn {
+        true if side.is_proxied() => proxy::length::<I>() as u16,
+        true if !own => told_length::<I>() as u16,
+        _ => 0,
+    };
     let edit = Edit { mss_less, sack: side.delta.wrapping_neg(), all, ..Edit::NONE };
-    let Some((changed, offer)) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
+    let Some((mut changed, offer)) = p.edit_options::<I>(header, edit) else { return drop(Reason::Internal) };
+    let opens = side.cookie != 0 && flow.flags & tcp::RST == 0 && (answers || side.server == 0);
+    let turned = opens && (!answers || side.server != 0);
+    if flow.flags & tcp::ACK != 0 && side.owes_header() && !turned {
+        let scale = if syn { 0 } else { side.scale() };
+        match proxy::acknowledged::<I, P, _>(p, c, forward, &side, answer, scale) {
+            Some(more) => changed = changed.and(more),
+            None => return drop(Reason::Internal),
+        }
+    }
     if answers && side.server == 0 {
         lent::answered::<I, _>(c, forward, &side, sequence.wrapping_add(1), offer.scale.unwrap_or(0));
     }
     if !p.fix_transport(I::L4 + 16, false, Delta::default(), changed) {
         return drop(Reason::Internal);
     }
-    if side.cookie != 0 && flow.flags & tcp::RST == 0 && (answers || side.server == 0) {
-        let turned = !answers || side.server != 0;
+    if opens {
         let flags = if answers { tcp::ACK } else { tcp::RST };
         return match cookie::opened::<I, P>(p, header, flags, offer.scale.unwrap_or(0), turned) {
             None => drop(Reason::Internal),
+            // What completes the server's handshake brings it the header.
+            Some(()) if turned && answers && side.owes_header() => {
+                t.keep(flow);
+                Verdict::go(Stage::Announce, forward | proxy::TURNED)
+            }
+            Some(()) if turned && !xmit::turn::<I, P>(p) => drop(Reason::Internal),
             Some(()) if turned => Verdict::new(Action::Back, Reason::CookieServer),
             Some(()) => {
                 t.keep(&Flow { flags, ..*flow });

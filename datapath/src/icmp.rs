@@ -18,6 +18,8 @@ pub enum Error {
     PortUnreachable,
     /// Fragmentation needed, packet too big.
     TooBig,
+    /// As another host said: type and code. `mtu` is all of the word behind them then.
+    Said(u16),
 }
 
 /// An ICMPv4 error is at most 576 bytes long with its IP header (RFC 1812 4.3.2.3, `icmp_send`): the quote 548.
@@ -99,8 +101,9 @@ impl Answer for V4 {
             Error::TimeExceeded => 11 << 8,
             Error::PortUnreachable => 3 << 8 | 3,
             Error::TooBig => 3 << 8 | 4,
+            Error::Said(said) => said,
         };
-        let mtu = (mtu & 0xffff).to_be();
+        let mtu = mtu.to_be();
         w.w16(V4::L4, type_code.to_be());
         w.w16(V4::L4 + 2, !csum::fold(sum + u64::from(type_code.to_be()) + u64::from(mtu)));
         w.w32(V4::L4 + 4, mtu);
@@ -125,6 +128,7 @@ impl Answer for V6 {
             Error::TimeExceeded => 3 << 8,
             Error::PortUnreachable => 1 << 8 | 4,
             Error::TooBig => 2 << 8,
+            Error::Said(said) => said,
         };
         let mtu = mtu.to_be();
         let pseudo = V6::sum(ends.vip) + V6::sum(ends.client) + u64::from(len.to_be()) + u64::from(58u16.to_be());

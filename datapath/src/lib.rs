@@ -22,6 +22,7 @@ pub mod mem;
 pub mod options;
 pub mod packet;
 pub mod proto;
+pub mod proxy;
 pub mod related;
 pub mod sched;
 pub mod tables;

@@ -1,9 +1,11 @@
 //! What a service may be asked for in a second, by all its clients and by one of them; and from when on it asks back (`cookie`).
 
-use crate::abi::{RATES_MAX, Service};
+use crate::abi::{RATES_MAX, Service, service};
 use crate::conn::Conns;
 use crate::cookie::siphash;
+use crate::fullnat::told_length;
 use crate::packet::Flow;
+use crate::proxy;
 use crate::tables::{Machine, Of, Tables};
 use crate::verdict::{Reason, Stage, Verdict, drop};
 
@@ -13,7 +15,8 @@ pub fn refuse<I: Of<T>, T: Tables>(t: &T, index: u32, s: &Service, flow: &Flow<I
     let now_s = I::conns(t).now_s();
     // Who has brought a cookie back is whom it says.
     if s.asks() && flow.tcp && flow.cookie == 0 && !another(t, index, Machine::Asked, now_s, s.cookies - 1) {
-        return Some(Verdict::go(Stage::Challenge, 0));
+        let room = if s.flags & service::PROXY != 0 { proxy::length::<I>() } else { told_length::<I>() };
+        return Some(Verdict::go(Stage::Challenge, room as u32));
     }
     if s.source_rate != 0 && !another_of(t, flow, now_s, s.source_rate) {
         return Some(drop(Reason::SourceRate));

@@ -109,6 +109,13 @@ impl<F: Addressing> MemConns<F> {
             gone.iter().for_each(|e| conn::release(self, e));
         }
     }
+    /// The buckets whose turn it is in this sweep, as with `drop_entry`.
+    pub fn thin(&self, sweep: u32) {
+        for n in (0..=self.words.mask).filter(|n| conn::thin::is_due(*n, sweep)) {
+            let gone = (0..F::WAYS).filter_map(|way| conn::thin::one(self, n, way, sweep));
+            gone.for_each(|e| conn::release(self, &e));
+        }
+    }
     pub fn set_now(&self, now_s: u32) {
         self.now_s.store(u64::from(now_s), SeqCst);
     }

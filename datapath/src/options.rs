@@ -17,9 +17,11 @@ pub const TOA: u8 = 254;
 /// What to do with a segment's options.
 #[derive(Clone, Copy)]
 pub struct Edit {
-    /// Blank what only holds between two hosts that know each other: timestamps (those of many clients would come from one address, and a
-    /// server that has seen a later one drops the segment, RFC 7323 5) and Fast Open.
+    /// Blank timestamps: those of many clients would come from one address, and a server that has seen a later one drops the segment
+    /// (RFC 7323 5).
     pub timestamps: bool,
+    /// Blank Fast Open: what a client knows of one server is not true of another, and data would come before what is put in front of it.
+    pub fast_open: bool,
     /// Blank the client's address: nobody but the director says it.
     pub toa: bool,
     /// Taken from the MSS.
@@ -31,7 +33,7 @@ pub struct Edit {
 }
 impl Edit {
     /// Only look.
-    pub const NONE: Edit = Edit { timestamps: false, toa: false, mss_less: 0, sack: 0, all: false };
+    pub const NONE: Edit = Edit { timestamps: false, fast_open: false, toa: false, mss_less: 0, sack: 0, all: false };
 }
 
 /// What a SYN offers.
@@ -147,7 +149,7 @@ fn body<P: Packet>(p: &mut P, i: usize, at: usize, kind: u8, done: u32, edit: &E
 
 #[inline(always)]
 fn blank(kind: u8, edit: &Edit) -> bool {
-    edit.all || kind == TOA && edit.toa || (kind == TIMESTAMPS || kind == FAST_OPEN) && edit.timestamps
+    edit.all || kind == TOA && edit.toa || kind == TIMESTAMPS && edit.timestamps || kind == FAST_OPEN && edit.fast_open
 }
 
 /// A byte at offset `i` of the options, which begin on an even one.

@@ -55,9 +55,10 @@ pub trait Packet {
     /// Edit the options of a TCP segment, whose header length has been checked; one behind extra headers is left as it is. As
     /// [`crate::options::Editing::end`].
     fn edit_options<I: Ip>(&mut self, header: u32, edit: Edit) -> Option<(Delta, Offer)>;
-    /// Make room for `n` bytes at `at`, in the transport header or right behind it: what is there moves back, or what is before it to the
-    /// front. The new bytes are undefined. False: it can't be done, and nothing is changed (or the packet is lost).
-    fn open_gap(&mut self, at: usize, n: usize) -> bool;
+    /// Make room for `n` bytes at `at + by`, in the transport header or right behind it: what is there moves back, or what is before it to
+    /// the front. `by` is a multiple of four, at most [`crate::options::MOST`]; the others are constants. The new bytes are undefined. False:
+    /// it can't be done, and nothing is changed (or the packet is lost).
+    fn open_gap(&mut self, at: usize, by: usize, n: usize) -> bool;
     /// Ones-complement sum of the bytes from `from` on, at most `most` of them (bounded by [`crate::icmp`]'s quotes).
     fn sum_from(&self, from: usize, most: usize) -> u64;
     /// Put `n` bytes in front (their content is undefined).
@@ -72,6 +73,9 @@ pub trait Packet {
     /// The outer headers are written: `n` bytes behind the Ethernet header.
     #[inline(always)]
     fn wrapped<I: Ip>(&mut self, _n: usize) {}
+    /// Take `n` bytes out, between the Ethernet header, which is to be written anew afterwards, and the rest. False: it can't be done, and
+    /// nothing is changed.
+    fn strip(&mut self, n: usize) -> bool;
     /// Cut the packet to `len` bytes.
     fn cut(&mut self, len: usize) -> bool;
 }
@@ -371,8 +375,9 @@ impl Ip for V6 {
     #[inline(always)]
     fn martian(source: [u64; 2]) -> bool {
         let multicast = source[0].to_ne_bytes()[0] == 0xff;
-        let (zero, one) = (source[0] == 0 && source[1] == 0, source[0] == 0 && source[1] == 1u64.to_be());
-        multicast || zero || one
+        // ::, ::1, and what is mapped from IPv4 (::ffff:0:0/96), which is in no packet (`ip6_rcv_core`).
+        let low = u64::from_be(source[1]);
+        multicast || source[0] == 0 && (low <= 1 || low >> 32 == 0xffff)
     }
     #[inline(always)]
     fn plain(w: &impl Window, frame_len: u32) -> Option<(u8, u32)> {

@@ -6,11 +6,11 @@
 //! IP header | ICMP 8 | quoted IP header | its extra headers | their first 8 bytes behind: the ports
 //! ```
 
-use crate::conn;
+use crate::conn::{self, Addressing};
 use crate::csum::{self, Delta};
-use crate::ct::Key;
+use crate::ct::{Key, V4};
 use crate::far::Extras;
-use crate::packet::{IP_SCTP, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
+use crate::packet::{IP_GRE, IP_SCTP, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 use crate::xmit::End;
 
 /// An error, and the packet that would go the other way than the one it quotes: the direction in which the error goes.
@@ -102,4 +102,84 @@ pub(crate) fn fix_checksum(w: &mut impl Window, at: usize, addresses: Delta) -> 
     let new = csum::adjust(old, addresses);
     w.w16(at, new);
     addresses.replace16(old, new)
+}
+
+/// An error about the outer packet of a tunnel, IPv4 in IPv4 (`ip_vs_in_icmp` knows no others): what it says, and the inner packet as far as
+/// it is quoted.
+///
+/// ```text
+/// IP header | ICMP 8 | outer IP header | 0, 4, 8 or 12 by the kind of tunnel | inner IP header | 4: the ports
+/// ```
+pub struct Outer {
+    /// Type and code, and the word behind them.
+    pub said: u16,
+    pub rest: u32,
+    /// The tunnel's far end.
+    pub to: u32,
+    /// The client's packet in it.
+    pub key: Key<[u64; 1]>,
+    pub may_fragment: bool,
+    /// Bytes before the inner packet.
+    pub before: usize,
+    /// Length of the whole IP packet.
+    pub len: u32,
+}
+
+/// May an error be about a tunnel? Without a look at more than the first bytes of what it quotes.
+#[inline(always)]
+pub fn may_be_outer<P: Packet>(p: &mut P) -> bool {
+    let Some(w) = p.window(quote::<V4>() + V4::HEADER) else { return false };
+    let at = quote::<V4>();
+    let whole = w.r8(L3) == 0x45 && w.r8(at) == 0x45 && w.r16(at + 6) & 0x3fffu16.to_be() == 0;
+    let ours = w.r32(V4::DESTINATION) == w.r32(at + 12);
+    whole && ours && V4::is_error(w.r8(V4::L4)) && matches!(w.r8(at + 9), 4 | IP_GRE | IP_UDP)
+}
+
+/// See [`Outer`]; after [`may_be_outer`]. `None`: of no tunnel of ours, or too little of it is quoted.
+#[inline(always)]
+pub fn outer<P: Packet>(p: &mut P) -> Option<Outer> {
+    const AT: usize = quote::<V4>() + V4::HEADER;
+    let protocol = p.window(AT)?.r8(quote::<V4>() + 9);
+    // Sizes are constants wherever the packet is touched.
+    match protocol {
+        4 => inner::<P, 0>(p),
+        IP_GRE => {
+            let head = p.window(AT + 4)?.r32(AT);
+            match u32::from_be(head) {
+                0x0800 => inner::<P, 4>(p),
+                0x8000_0800 => inner::<P, 8>(p),
+                _ => None,
+            }
+        }
+        // Version 0, data, IPv4, no optional fields. (Its port is the tunnel's, or no connection is found by it.)
+        IP_UDP if p.window(AT + 12)?.r32(AT + 8) == 0x0004_0000u32.to_be() => inner::<P, 12>(p),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn inner<P: Packet, const BETWEEN: usize>(p: &mut P) -> Option<Outer> {
+    let at = quote::<V4>() + V4::HEADER + BETWEEN;
+    let w = p.window(quote::<V4>() + V4::HEADER + BETWEEN + V4::HEADER + 4)?;
+    let len = V4::total_len(&w);
+    let fragment = u16::from_be(w.r16(at + 6));
+    if w.r8(at) != 0x45 || fragment & 0x3fff != 0 || (len as usize) < at + V4::HEADER + 4 - L3 {
+        return None;
+    }
+    let proto = match w.r8(at + 9) {
+        IP_TCP => conn::TCP,
+        IP_UDP => conn::UDP,
+        IP_SCTP => conn::SCTP,
+        _ => return None,
+    };
+    let ports = u32::from_be(w.r32(at + V4::HEADER));
+    Some(Outer {
+        said: u16::from_be(w.r16(V4::L4)),
+        rest: u32::from_be(w.r32(V4::L4 + 4)),
+        to: w.r32(quote::<V4>() + 16),
+        key: Key::of(V4::words(w.r32(at + 12), w.r32(at + 16)), ports, proto),
+        may_fragment: fragment & 0x4000 == 0,
+        before: at - L3,
+        len,
+    })
 }

@@ -78,8 +78,10 @@ pub trait Tables {
     fn machine(&self, service: u32, which: Machine) -> u64;
     /// Compare-and-swap; false: somebody else was faster.
     fn advance(&self, service: u32, which: Machine, old: u64, new: u64) -> bool;
-    /// `(ActiveConn << 8) + InActConn`, the kernel's classic overhead.
-    fn overhead(&self, dest: u32) -> u64;
+    /// ActiveConn and InActConn; one that is below 0 for an instant is 0.
+    fn connections(&self, dest: u32) -> [u64; 2];
+    /// Any number (twos).
+    fn random(&self) -> u32;
     fn overloaded(&self, dest: u32) -> bool;
     /// In its service's list, with a weight, and not overloaded (for hash schedulers, whose tables know no weights).
     fn available(&self, dest: u32) -> bool;
@@ -108,6 +110,8 @@ pub trait Tables {
     fn count_connection(&self, dest: u32);
     fn count_in(&self, dest: u32, bytes: u32);
     fn count_out(&self, dest: u32, bytes: u32);
+    /// Number of this packet that may begin a connection, from 0 (`drop_packet`).
+    fn begun(&self) -> u64;
     /// May another ICMP error be sent this second?
     fn may_send_icmp(&self) -> bool;
     /// Ask the kernel for the way from `ends[0]` to `ends[1]`; `hop` is filled if it is known.

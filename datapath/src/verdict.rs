@@ -73,10 +73,15 @@ pub enum Stage {
     ErrorLent = 25,
     /// A real server's reply (NAT) with IPv4 options or IPv6 extension headers.
     FarReply = 26,
-    /// A SYN that is answered with a cookie.
+    /// An ICMP error about the outer packet of a tunnel.
+    ErrorOuter = 27,
+    /// A SYN that is answered with a cookie; the number is what its client's segments are to have room for.
     Challenge = 28,
     /// What brings a cookie back, or comes before the server has answered: see [`crate::cookie::knock`].
     Knock = 29,
+    /// A client's packet of a connection whose server has not acknowledged its PROXY header; the number is the slot of its forward entry
+    /// (or see [`crate::proxy::TURNED`]).
+    Announce = 30,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -153,8 +158,10 @@ impl Verdict {
             23 => Stage::Fragment,
             24 => Stage::Note,
             25 => Stage::ErrorLent,
+            27 => Stage::ErrorOuter,
             28 => Stage::Challenge,
             29 => Stage::Knock,
+            30 => Stage::Announce,
             _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -259,7 +266,6 @@ reasons! {
     Malformed "malformed" Drop "IP version, header length or total length are wrong";
     FragmentTiny "fragment_tiny" Drop "a first fragment without the whole of the TCP, UDP or SCTP header";
     FragmentOverlap "fragment_overlap" Drop "a fragment that reaches into the first one";
-    FragmentLent "fragment_fullnat" Drop "a fragment by full NAT that is not the first of its datagram: only first ones are translated";
     FragmentSctp "fragment_sctp" Drop "a fragment of SCTP by NAT to another port: its checksum is over the whole datagram";
     FragmentConflict "fragment_conflict" Drop "a fragment of two datagrams with the same id that go different ways";
     Extensions "extension_headers" Drop "IPv6 extension headers that end behind the packet's end";
@@ -270,8 +276,11 @@ reasons! {
     NoLocalPort "no_local_port" Drop "full NAT: of the local addresses tried no port is free for this real server: add more (ipvsadm -P)";
     Entering "entering" Drop "full NAT: the connection is being entered this instant";
     CookieRefused "syn_cookie_refused" Drop "SYN cookies, and a packet that they can't be used with: data or extra headers in a SYN, options in its first answer";
+    ProxyRefused "proxy_refused" Drop "a PROXY header is to come first, and this SYN has data or extra headers";
+    ProxyLocal "proxy_local" Drop "a PROXY header is to come first, which a real server that is this host can't be sent";
     SourceRate "source_rate" Drop "more new connections from this client in a second than its service allows";
     ServiceRate "service_rate" Drop "more new connections in a second than the service allows";
+    DropPacket "drop_packet" Drop "one of so many new connections while memory is short, as the setting drop_packet says";
     DestGone "dest_gone" Drop "the connection's real server was removed";
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
     NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";

@@ -89,7 +89,7 @@ fn unit_s(timeout_s: u32) -> u32 {
     (0..).map(|shift| 1 << shift).find(|unit| timeout_s.div_ceil(*unit) <= UNITS).unwrap()
 }
 fn next_state(proto: u64, state: u64, flags: u8, way: Way) -> u64 {
-    if proto == conn::TCP { tcp::next(state, flags, way) } else { 0 }
+    if proto == conn::TCP { tcp::next(state, flags, way, false) } else { 0 }
 }
 
 struct World<F: Fam> {

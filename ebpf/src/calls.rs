@@ -9,6 +9,7 @@ use rvs_datapath::ct::{self, Cost, EVICTABLE, Entry, Family, Key, Outcome, Patie
 use rvs_datapath::frag::{self, Found, Note, Part};
 use rvs_datapath::packet::{Flow, Ip};
 use rvs_datapath::tables::Tables;
+use rvs_datapath::verdict::Verdict;
 
 use crate::flat::{constant, flat};
 use crate::maps::Maps;
@@ -27,6 +28,8 @@ pub struct Scratch<F: Family> {
     query: FibLookup,
     /// The VLAN device that a frame came in by, whose tags are off; else 0.
     vlan: u64,
+    /// What the further stages begin with.
+    verdict: u64,
     /// The only one that outlives a packet.
     patience: Patience,
 }
@@ -102,6 +105,18 @@ pub fn vlan() -> u32 {
     unsafe { (*scratch::<V4>()).vlan as u32 }
 }
 
+/// From one program to the next: see [`crate::stages::on`].
+#[inline(always)]
+pub fn go_on(verdict: Verdict) {
+    // SAFETY: as above.
+    unsafe { (*scratch::<V4>()).verdict = verdict.word() };
+}
+#[inline(always)]
+pub fn gone_on() -> Verdict {
+    // SAFETY: as above.
+    Verdict::from_word(unsafe { (*scratch::<V4>()).verdict })
+}
+
 /// [`frag::leave`] and [`frag::find`].
 #[inline(always)]
 pub fn leave_note(key: &frag::Key, note: &Note) -> bool {
@@ -154,7 +169,7 @@ const EVICTED: u32 = 2;
 
 macro_rules! calls {
     ($family:ty, $enter:ident, $release:ident,
-     $insert_fn:ident, $room_fn:ident, $release_fn:ident, $orphans_fn:ident, $gone:ident, $forward_fn:ident, $reverse_fn:ident) => {
+     $insert_fn:ident, $room_fn:ident, $release_fn:ident, $orphans_fn:ident, $thin:ident, $thin_fn:ident, $gone:ident, $forward_fn:ident, $reverse_fn:ident) => {
         #[inline(always)]
         pub fn $enter(key: &Key<<$family as Family>::Words>, rest: u64, own: Slot) -> Outcome {
             let s = scratch::<$family>();
@@ -242,6 +257,31 @@ macro_rules! calls {
             conn::free_orphans::<$family, _>(&t, bucket);
             0
         }
+
+        /// Thin out a bucket (`drop_entry`).
+        #[inline(always)]
+        pub fn $thin(bucket: u32, sweep: u32) {
+            let mut way = 0;
+            while way < <$family as Family>::WAYS as u32 {
+                if $thin_fn(bucket, way, sweep) != 0 {
+                    crate::maps::count_thinned();
+                    $release_fn(GIVEN);
+                }
+                way += 1;
+            }
+        }
+        /// See [`conn::thin::one`]. Whom to release lies in [`Scratch`]: that needs all of the stack that is left.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $thin_fn(bucket: u32, way: u32, sweep: u32) -> u32 {
+            let Some(entry) = conn::thin::one::<$family, _>(&Table::<$family>::NEW, bucket, way as usize & 3, sweep)
+            else {
+                return 0;
+            };
+            // SAFETY: this CPU's own memory, see above.
+            unsafe { (*scratch::<$family>()).release = entry };
+            1
+        }
     };
 }
 
@@ -253,6 +293,8 @@ calls!(
     conn4_room,
     release_cost4,
     conn4_orphans,
+    thin4,
+    conn4_thin,
     gone4,
     conn4_forward_gone,
     conn4_reverse_gone
@@ -265,6 +307,8 @@ calls!(
     conn6_room,
     release_cost6,
     conn6_orphans,
+    thin6,
+    conn6_thin,
     gone6,
     conn6_forward_gone,
     conn6_reverse_gone

@@ -214,7 +214,7 @@ impl Packet for Xdp<'_> {
     }
     /// What is in front moves: in XDP a checksum is always finished, and nobody remembers where it begins.
     #[inline(always)]
-    fn open_gap(&mut self, at: usize, n: usize) -> bool {
+    fn open_gap(&mut self, at: usize, by: usize, n: usize) -> bool {
         if !self.grow_head(n) {
             return false;
         }
@@ -224,6 +224,13 @@ impl Packet for Xdp<'_> {
             let word = w.r16(n + i);
             w.w16(i, word);
             i += 2;
+        }
+        i = 0;
+        while i < MOST && i < by {
+            let Some(mut w) = self.window(at + n + i + 4) else { return false };
+            let word = w.r32(at + n + i);
+            w.w32(at + i, word);
+            i += 4;
         }
         true
     }
@@ -270,6 +277,10 @@ impl Packet for Xdp<'_> {
         let done = unsafe { bpf_xdp_adjust_head(self.ctx.ctx, -(n as i32)) } == 0;
         self.reread();
         done
+    }
+    #[inline(always)]
+    fn strip(&mut self, n: usize) -> bool {
+        self.shrink_head(n)
     }
     #[inline(always)]
     fn cut(&mut self, len: usize) -> bool {

@@ -3,7 +3,7 @@
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{bpf_fib_lookup as FibLookup, bpf_timer};
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
-use aya_ebpf::helpers::{bpf_fib_lookup, bpf_loop};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_get_prandom_u32, bpf_loop};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
@@ -263,15 +263,24 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         unsafe { atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(at, old, new).1 }
     }
     #[inline(always)]
-    fn overhead(&self, dest: u32) -> u64 {
+    fn connections(&self, dest: u32) -> [u64; 2] {
         // SAFETY: a valid value, read in whole words.
         let (active, inactive) = unsafe {
             let s = DestStates::at(dest);
             ((&raw const (*s).active).read_volatile(), (&raw const (*s).inactive).read_volatile())
         };
-        // Below 0 for an instant counts as 0.
         let of = |n: u64| if (n as i64) < 0 { 0 } else { n };
-        (of(active) << 8).wrapping_add(of(inactive))
+        [of(active), of(inactive)]
+    }
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_get_prandom_u32() }
+    }
+    #[inline(always)]
+    fn begun(&self) -> u64 {
+        // SAFETY: a valid value; the word is changed atomically.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(&raw mut (*clock()).begun, 1) }
     }
     #[inline(always)]
     fn overloaded(&self, dest: u32) -> bool {
@@ -403,6 +412,16 @@ fn word(s: *mut ServiceState, which: Machine) -> *mut u64 {
 
 /// Generated ICMP errors a second, as the kernel's `icmp_msgs_per_sec`.
 const ICMP_PER_S: u64 = 1000;
+
+/// Only the timer counts these.
+#[inline(always)]
+pub fn count_thinned() {
+    // SAFETY: a valid value.
+    unsafe {
+        let at = &raw mut (*clock()).thinned;
+        at.write_volatile(at.read_volatile() + 1);
+    }
+}
 
 #[inline(always)]
 fn may_send_icmp() -> bool {

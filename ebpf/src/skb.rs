@@ -177,8 +177,8 @@ impl Packet for Skb {
     }
     /// The tail moves: of an unfinished checksum the kernel remembers where it begins.
     #[inline(always)]
-    fn open_gap(&mut self, at: usize, n: usize) -> bool {
-        let done = gap::move_tail(self.skb, at as u32, n as u32);
+    fn open_gap(&mut self, at: usize, by: usize, n: usize) -> bool {
+        let done = gap::move_tail(self.skb, (at + by) as u32, n as u32);
         self.reread();
         done
     }
@@ -266,6 +266,13 @@ impl Packet for Skb {
             // The inner hop limit, one less.
             self.tell_sum(!u32::from(u16::from_ne_bytes([0, 1])));
         }
+    }
+    #[inline(always)]
+    fn strip(&mut self, n: usize) -> bool {
+        // SAFETY: the context of this program.
+        let done = unsafe { bpf_skb_adjust_room(self.skb, -(n as i32), BPF_ADJ_ROOM_MAC, 0) } == 0;
+        self.reread();
+        done
     }
     /// In one piece then, no longer to be cut into segments, and without a sum of the device's.
     #[inline(always)]

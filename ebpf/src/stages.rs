@@ -1,10 +1,11 @@
 //! The stages of the pipeline as functions of their own, verified once each, with a stack frame each. Those that need the packet take
 //! its context, and XDP and tc have their own; those that open a connection begin with what was kept of the packet, and are shared.
 
+use ::core::arch::asm;
 use ::core::hint::cold_path;
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
-use rvs_datapath::verdict::{Stage, Verdict};
+use rvs_datapath::verdict::{Reason, Stage, Verdict, drop};
 
 use crate::calls;
 use crate::maps::Maps;
@@ -15,7 +16,7 @@ macro_rules! call {
      [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
       $too_big:ident $related:ident $error_tunnel:ident $fullnat:ident $introduce:ident $fullnat_reply:ident
       $reply_options:ident $fullnat_send:ident $far:ident $fragment:ident $error_lent:ident $far_reply:ident
-      $challenge:ident $knock:ident]) => {
+      $challenge:ident $knock:ident $announce:ident $error_outer:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::$first(),
@@ -40,9 +41,11 @@ macro_rules! call {
             Stage::Far => $far($ctx, $number),
             Stage::Note => $crate::stages::$note(),
             Stage::ErrorLent => $error_lent($ctx),
+            Stage::ErrorOuter => $error_outer($ctx),
             Stage::FarReply => $far_reply($ctx),
-            Stage::Challenge => $challenge($ctx),
+            Stage::Challenge => $challenge($ctx, $number),
             Stage::Knock => $knock($ctx, $number),
+            Stage::Announce => $announce($ctx, $number),
             Stage::Fragment => $fragment($ctx),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),
@@ -51,15 +54,42 @@ macro_rules! call {
 }
 pub(crate) use call;
 
-/// Nearly always the first stage has the verdict: what comes after it is a function of its own, so that it costs that one nothing.
+/// Nearly always the first stage has the verdict. What comes after it is behind a gate, so that it costs that one nothing.
 #[inline(always)]
-pub fn on(word: u64, further: impl FnOnce(u64) -> u64) -> Verdict {
+pub fn on(word: u64, gate: impl FnOnce() -> u64) -> Verdict {
     let verdict = Verdict::from_word(word);
     if verdict.next().is_none() {
         return verdict;
     }
     cold_path();
-    Verdict::from_word(further(word))
+    calls::go_on(verdict);
+    Verdict::from_word(gate())
+}
+
+/// A gate: behind it are the further stages of a family, a program of their own, which the verifier sees by itself (its limit of steps is one for each
+/// program). It goes there by a tail call, which takes the place of the function that it is in: what the program returns, all 64 bits of R0, is
+/// what this function does.
+macro_rules! gate {
+    ($name:ident($context:ty: $kind:ty), $programs:ident, $number:literal) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(ctx: *mut $context) -> u64 {
+            // SAFETY: the array has programs of this kind only, and nothing here is to be dropped.
+            unsafe { $programs.tail_call(&<$kind>::new(ctx), $number) };
+            $crate::stages::closed()
+        }
+    };
+}
+pub(crate) use gate;
+
+/// No program is there yet: it is before any packet comes. (By an instruction of our own: LLVM, which knows nothing of tail calls, must not take it for
+/// what a gate always returns.)
+#[inline(always)]
+pub fn closed() -> u64 {
+    let mut word = drop(Reason::Internal).word();
+    // SAFETY: arithmetic on a register.
+    unsafe { asm!("{0} &= 0xffff", inout(reg) word, options(pure, nomem, nostack)) };
+    word
 }
 
 // Only parameters that are used: LLVM drops others, and the verifier then misses them at the call.

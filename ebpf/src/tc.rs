@@ -3,17 +3,20 @@
 use ::core::hint::cold_path;
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh};
+use aya_ebpf::btf_maps::ProgramArray;
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::macros::btf_map;
+use aya_ebpf::programs::TcContext;
 use rvs_datapath::abi::{Iface, TRACED, hop};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::packet::{ETHERTYPE, L3, Packet, Window};
 use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 
+use crate::calls;
 use crate::maps::{self, Maps, NEXT_HOP};
 use crate::skb::Skb;
-use crate::stages::call;
-use crate::stages::on;
+use crate::stages::{call, gate, on};
 use crate::trace;
 
 const IPV4: u32 = 0x0800u16.to_be() as u32;
@@ -129,29 +132,34 @@ fn tables(skb: *mut __sk_buff) -> Maps<true> {
 #[inline(always)]
 fn process(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
     match core::untagged(core::addressed(packet, iface)) {
-        Ok(4) => on(tc_whole4(skb), |word| tc_further4(skb, word)),
-        Ok(_) => on(tc_whole6(skb), |word| tc_further6(skb, word)),
+        Ok(4) => on(tc_whole4(skb), || tc_further4(skb)),
+        Ok(_) => on(tc_whole6(skb), || tc_further6(skb)),
         Err(verdict) => verdict,
     }
 }
 
+/// Where the programs of further stages are, by their gates' numbers: the loader fills it.
+#[btf_map]
+static TC_GATES: ProgramArray<2> = ProgramArray::new();
+
 macro_rules! further {
-    ($name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
+    ($gate:ident, $number:literal, $name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
+        gate!($gate(__sk_buff: TcContext), TC_GATES, $number);
         #[unsafe(no_mangle)]
-        #[inline(never)]
-        pub extern "C" fn $name(skb: *mut __sk_buff, word: u64) -> u64 {
-            core::further(Verdict::from_word(word), |stage, number| call!(stage, number, skb, $whole(skb), [$($open)*], [$($stage)*])).word()
+        #[unsafe(link_section = "classifier")]
+        pub extern "C" fn $name(skb: *mut __sk_buff) -> u64 {
+            core::further(calls::gone_on(), |stage, number| call!(stage, number, skb, $whole(skb), [$($open)*], [$($stage)*])).word()
         }
     };
 }
-further!(tc_further4, tc_whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
+further!(tc_further4, 0, rvs_tc_further4, tc_whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
     [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4
      tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_error_lent4 tc_far_reply4
-     tc_challenge4 tc_knock4]);
-further!(tc_further6, tc_whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
+     tc_challenge4 tc_knock4 tc_announce4 tc_error_outer4]);
+further!(tc_further6, 1, rvs_tc_further6, tc_whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
     [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6
      tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_error_lent6 tc_far_reply6
-     tc_challenge6 tc_knock6]);
+     tc_challenge6 tc_knock6 tc_announce6 tc_error_outer6]);
 
 macro_rules! stages {
     ($($four:ident $six:ident($($number:ident)?) $stage:ident;)*) => { $(
@@ -163,10 +171,10 @@ macro_rules! stages {
         #[inline(never)]
         pub extern "C" fn $name(skb: *mut __sk_buff $(, $number: u32)?) -> u64 {
             let mut packet = Skb::new(skb);
-            if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable | Stage::TooBig) {
+            if matches!(Stage::$stage, Stage::TimeExceeded | Stage::PortUnreachable | Stage::TooBig | Stage::ErrorOuter) {
                 packet.look_at_checksum::<$family>();
             }
-            if matches!(Stage::$stage, Stage::Far | Stage::FarReply | Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent) {
+            if matches!(Stage::$stage, Stage::Far | Stage::FarReply | Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent | Stage::ErrorOuter) {
                 packet.pull_far();
             }
             let number = 0 $(+ $number)?;
@@ -192,9 +200,11 @@ stages! {
     tc_far4 tc_far6(noted) Far;
     tc_fragment4 tc_fragment6() Fragment;
     tc_error_lent4 tc_error_lent6() ErrorLent;
+    tc_error_outer4 tc_error_outer6() ErrorOuter;
     tc_far_reply4 tc_far_reply6() FarReply;
-    tc_challenge4 tc_challenge6() Challenge;
+    tc_challenge4 tc_challenge6(room) Challenge;
     tc_knock4 tc_knock6(number) Knock;
+    tc_announce4 tc_announce6(number) Announce;
     tc_time_exceeded4 tc_time_exceeded6() TimeExceeded;
     tc_port_unreachable4 tc_port_unreachable6() PortUnreachable;
 }

@@ -5,7 +5,7 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_loop, bpf_timer_init, bpf_timer_se
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
-use rvs_datapath::abi::{SWEEP_TICKS, TICK_NS};
+use rvs_datapath::abi::{SWEEP_TICKS, TICK_NS, config};
 use rvs_datapath::conn;
 use rvs_datapath::ct::{V4, V6};
 
@@ -90,12 +90,13 @@ fn sweep_number() -> u32 {
 pub const STEP: u32 = 8;
 
 macro_rules! sweep {
-    ($name:ident, $family:ty, $release:path, $orphans:path) => {
+    ($name:ident, $family:ty, $release:path, $orphans:path, $thin:path) => {
         /// A round, from the bucket on that it is given.
         pub unsafe extern "C" fn $name(i: u32, from: *mut u32) -> i64 {
             // SAFETY: what the caller passed.
             let first = unsafe { *from }.wrapping_add(i * STEP);
             let sweep = sweep_number();
+            let thins = maps::config().flags & config::DROP_ENTRY != 0;
             let mut at = 0;
             while at < STEP {
                 let bucket = first.wrapping_add(at);
@@ -103,11 +104,14 @@ macro_rules! sweep {
                 if conn::orphans_due(bucket, sweep) {
                     $orphans(bucket);
                 }
+                if thins && conn::thin::is_due(bucket, sweep) {
+                    $thin(bucket, sweep);
+                }
                 at += 1;
             }
             0
         }
     };
 }
-sweep!(sweep4, V4, calls::release4, calls::conn4_orphans);
-sweep!(sweep6, V6, calls::release6, calls::conn6_orphans);
+sweep!(sweep4, V4, calls::release4, calls::conn4_orphans, calls::thin4);
+sweep!(sweep6, V6, calls::release6, calls::conn6_orphans, calls::thin6);

@@ -3,7 +3,9 @@
 use ::core::hint::cold_path;
 
 use aya_ebpf::bindings::{xdp_action, xdp_md};
+use aya_ebpf::btf_maps::ProgramArray;
 use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use rvs_datapath::abi::iface::REDIRECT_BACK;
 use rvs_datapath::abi::{Iface, TRACED};
@@ -16,7 +18,7 @@ use rvs_datapath::vlan::{self, Tags};
 use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
-use crate::stages::{call, on};
+use crate::stages::{call, gate, on};
 use crate::trace;
 
 /// The whole of an XDP program.
@@ -83,28 +85,33 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
 fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdict {
     let ctx = ctx.ctx;
     match family {
-        Ok(4) => on(whole4(ctx, ifindex), |word| further4(ctx, word)),
-        Ok(_) => on(whole6(ctx, ifindex), |word| further6(ctx, word)),
+        Ok(4) => on(whole4(ctx, ifindex), || further4(ctx)),
+        Ok(_) => on(whole6(ctx, ifindex), || further6(ctx)),
         Err(verdict) => verdict,
     }
 }
 
+/// Where the programs of further stages are, by their gates' numbers: the loader fills it.
+#[btf_map]
+static XDP_GATES: ProgramArray<2> = ProgramArray::new();
+
 macro_rules! further {
-    ($name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
+    ($gate:ident, $number:literal, $name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
+        gate!($gate(xdp_md: XdpContext), XDP_GATES, $number);
         #[unsafe(no_mangle)]
-        #[inline(never)]
-        pub extern "C" fn $name(ctx: *mut xdp_md, word: u64) -> u64 {
+        #[unsafe(link_section = "xdp")]
+        pub extern "C" fn $name(ctx: *mut xdp_md) -> u64 {
             let again = || $whole(ctx, arrived_by(&XdpContext::new(ctx)));
-            core::further(Verdict::from_word(word), |stage, number| call!(stage, number, ctx, again(), [$($open)*], [$($stage)*])).word()
+            core::further(calls::gone_on(), |stage, number| call!(stage, number, ctx, again(), [$($open)*], [$($stage)*])).word()
         }
     };
 }
-further!(further4, whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
+further!(further4, 0, rvs_further4, whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
     [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4
-     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4]);
-further!(further6, whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
+     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4 announce4 error_outer4]);
+further!(further6, 1, rvs_further6, whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
     [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6
-     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6]);
+     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6 announce6 error_outer6]);
 
 /// The interface that a frame counts as come in by.
 #[inline(always)]
@@ -192,9 +199,11 @@ stages! {
     far4 far6(noted) Far;
     fragment4 fragment6() Fragment;
     error_lent4 error_lent6() ErrorLent;
+    error_outer4 error_outer6() ErrorOuter;
     far_reply4 far_reply6() FarReply;
-    challenge4 challenge6() Challenge;
+    challenge4 challenge6(room) Challenge;
     knock4 knock6(number) Knock;
+    announce4 announce6(number) Announce;
     time_exceeded4 time_exceeded6() TimeExceeded;
     port_unreachable4 port_unreachable6() PortUnreachable;
 }

@@ -5,6 +5,7 @@
 mod hosts;
 mod packet;
 mod rng;
+pub mod streams;
 
 use hosts::{Client, Server};
 use packet::Seen;
@@ -373,5 +374,5 @@ fn world(net: Net, rng: &mut Rng) -> World {
         v.flags |= service::HASH_FALLBACK | service::HASH_PORT;
         services.push(v);
     }
-    World { services }
+    World::of(&services)
 }

@@ -1,5 +1,6 @@
 pub mod bpf;
 pub mod firewall;
+pub mod memory;
 pub mod netlink;
 pub mod netns;
 pub mod realserver;

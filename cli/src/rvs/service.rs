@@ -1,4 +1,4 @@
-//! `rvs service`: what a service has that `ipvsadm` does not know of: rate limits and SYN cookies.
+//! `rvs service`: what a service has that `ipvsadm` does not know of: rate limits, SYN cookies, PROXY headers.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -26,6 +26,9 @@ pub enum Args {
         /// The same for each client (an IPv4 address, a /64 of IPv6), up to 65535; 0: no limit
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=65535))]
         source_rate: Option<u32>,
+        /// Tell real servers who their clients are by a PROXY header, in front of each connection's first byte
+        #[arg(long, value_enum, value_name = "v2|off")]
+        proxy: Option<Proxy>,
     },
     /// Show these settings, of one service or of all
     Show {
@@ -33,7 +36,7 @@ pub enum Args {
         proto: Option<Protocol>,
         #[arg(value_name = "SERVICE")]
         at: Option<SocketAddr>,
-        /// Print a JSON array of {"service", "defence", "cookies_work"}
+        /// Print a JSON array of {"service", "defence", "cookies_work", "proxy"}
         #[arg(long)]
         json: bool,
     },
@@ -53,6 +56,12 @@ pub enum Protocol {
     Tcp,
     Udp,
     Sctp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Proxy {
+    V2,
+    Off,
 }
 
 impl Name {
@@ -83,19 +92,22 @@ fn cookies(text: &str) -> Result<Cookies, String> {
 
 pub fn run(args: &Args, client: &mut Client<'_>, stdout: &mut dyn Write) -> Result<(), Error> {
     match args {
-        Args::Set { service, syn_cookies, rate, source_rate } => {
+        Args::Set { service, syn_cookies, rate, source_rate, proxy } => {
             let id = service.id();
-            let mut defence = rows(client, Some(id))?.first().map(|row| row.defence).unwrap_or_default();
+            let before = rows(client, Some(id))?.first().map(|row| row.defence).unwrap_or_default();
+            if let Some(proxy) = proxy {
+                ask(client, Command::Proxy { service: id, on: *proxy == Proxy::V2 })?;
+            }
+            let mut defence = before;
             if let Some(Cookies(above)) = syn_cookies {
                 defence.cookies_above = *above;
             }
             defence.rate = rate.unwrap_or(defence.rate);
             defence.source_rate = source_rate.unwrap_or(defence.source_rate);
-            client.start_command(Command::Defend { service: id, defence })?;
-            match client.finish_command()? {
-                None => Ok(()),
-                Some(refusal) => Err(BackendError::Refused(refusal).into()),
+            if defence == before && proxy.is_some() {
+                return Ok(());
             }
+            ask(client, Command::Defend { service: id, defence })
         }
         Args::Show { proto, at, json } => {
             let service = proto.zip(*at).map(|(proto, at)| Name { proto, at }.id());
@@ -105,6 +117,14 @@ pub fn run(args: &Args, client: &mut Client<'_>, stdout: &mut dyn Write) -> Resu
             }
             rows.iter().try_for_each(|row| put(stdout, &line(row)))
         }
+    }
+}
+
+fn ask(client: &mut Client<'_>, command: Command) -> Result<(), Error> {
+    client.start_command(command)?;
+    match client.finish_command()? {
+        None => Ok(()),
+        Some(refusal) => Err(BackendError::Refused(refusal).into()),
     }
 }
 
@@ -120,7 +140,7 @@ fn rows(client: &mut Client<'_>, service: Option<ServiceId>) -> Result<Vec<Defen
     Ok(rows)
 }
 
-/// `tcp 198.51.100.100:80  syn-cookies above 1000  rate 5000  source-rate 50`.
+/// `tcp 198.51.100.100:80  syn-cookies above 1000  rate 5000  source-rate 50  proxy off`.
 fn line(row: &DefenceRow) -> String {
     let Defence { cookies_above, rate, source_rate } = row.defence;
     let cookies = match cookies_above {
@@ -132,9 +152,10 @@ fn line(row: &DefenceRow) -> String {
         if cookies_above.is_some() && !row.cookies_work { " (not used: a real server is not by NAT)" } else { "" };
     let number = |n: u32| if n == 0 { "off".to_owned() } else { n.to_string() };
     format!(
-        "{}  syn-cookies {cookies}{idle}  rate {}  source-rate {}\n",
+        "{}  syn-cookies {cookies}{idle}  rate {}  source-rate {}  proxy {}\n",
         service_text(&row.service),
         number(rate),
-        number(source_rate)
+        number(source_rate),
+        if row.proxy { "v2" } else { "off" }
     )
 }

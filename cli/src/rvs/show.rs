@@ -47,6 +47,9 @@ fn status_text(status: &Status) -> String {
         status.connections,
         status.conn_table_size
     );
+    if status.thinned > 0 {
+        text.push_str(&format!("connections taken by drop_entry {}\n", status.thinned));
+    }
     for interface in &status.interfaces {
         text.push_str(&format!("interface {interface}\n"));
     }

@@ -157,7 +157,8 @@ fn dest_text(dest: &WhyDest) -> String {
         },
     };
     let weight = dest.weight.map_or_else(|| "removed".to_owned(), |weight| format!("weight {weight}"));
-    format!("{} by {method}, {weight}", at(dest.id.addr, dest.id.port))
+    let header = if dest.proxy { ", PROXY header" } else { "" };
+    format!("{} by {method}, {weight}{header}", at(dest.id.addr, dest.id.port))
 }
 
 /// What is different when it leaves.
@@ -243,7 +244,7 @@ mod tests {
             service: Some(service),
             scheduler: Some("wrr".into()),
             connection: Connection::New,
-            dest: Some(WhyDest { id, forward: Forward::Masq, weight: Some(2) }),
+            dest: Some(WhyDest { id, forward: Forward::Masq, weight: Some(2), proxy: false }),
             came: Frame(came),
             left: Frame(left),
         };

@@ -162,7 +162,7 @@ fn what_the_data_plane_lacks_is_refused_in_one_line() {
     let director = Director::start("lacks", Capabilities::current());
     director.stdout("ipvsadm -A -t 192.0.2.1:80 -s rr");
     let lines = [
-        "-A -t 192.0.2.1:81 -s lc",
+        "-A -t 192.0.2.1:81 -s lblc",
         "-E -t 192.0.2.1:80 -p 60",
         "-A -f 7 -s rr",
         "-a -t 192.0.2.1:80 -r 10.0.0.1:80 -x 9",

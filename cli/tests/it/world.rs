@@ -135,6 +135,7 @@ impl World {
                 }
                 Err(unsupported) => ResponseBody::Refused(Refusal::from(&unsupported)),
             },
+            RequestBody::Settings => ResponseBody::Settings(api::settings(&self.model)),
             RequestBody::Defences(service) => {
                 let rows = api::defences(&self.model, service.map(Into::into), |_| true);
                 return api::in_chunks(id, rows, ResponseBody::Defences).collect();
@@ -198,6 +199,7 @@ impl World {
             uptime_s: 0,
             services: u32::try_from(self.model.service_count()).unwrap(),
             dests: u32::try_from(self.model.dest_count()).unwrap(),
+            thinned: 0,
             connections: self.conns.len() as u64,
             interfaces: vec!["eth0 xdp".into()],
             warnings: Vec::new(),

@@ -40,7 +40,12 @@ impl TryFrom<Command> for model::Command {
             Command::StopDaemon { role } => Self::StopDaemon(role.into()),
             Command::AddLocalAddress { service, addr } => Self::AddLocalAddress(service.into(), addr),
             Command::DelLocalAddress { service, addr } => Self::DelLocalAddress(service.into(), addr),
+            Command::Set { name, value } => {
+                checked_text(&name, "setting", 32)?;
+                Self::Set(name, value)
+            }
             Command::Defend { service, defence } => Self::Defend(service.into(), defence.into()),
+            Command::Proxy { service, on } => Self::Proxy(service.into(), on),
         })
     }
 }
@@ -139,9 +144,12 @@ impl From<&CommandError> for Refusal {
             | CommandError::ZeroMark
             | CommandError::BadGranularity
             | CommandError::BadTimeout(_)
+            | CommandError::Setting(_)
             | CommandError::NotMulticast(_)
             | CommandError::CookiesNotTcp
-            | CommandError::CookiesOneWay(_) => Code::Invalid,
+            | CommandError::CookiesOneWay(_)
+            | CommandError::ProxyNotTcp
+            | CommandError::ProxyOneWay(_) => Code::Invalid,
         };
         Refusal::new(code, error.to_string())
     }

@@ -4,7 +4,7 @@ use std::iter::Peekable;
 
 use super::{
     Code, DaemonRow, DefenceRow, DestRow, Filter, ListRow, LocalAddressRow, Rates, Refusal, Response, ResponseBody,
-    ServiceRow, Stats,
+    ServiceRow, SettingRow, Stats,
 };
 use crate::limits;
 use crate::model::{DaemonRole, Dest, DestKey, Model, Service, ServiceKey};
@@ -73,7 +73,7 @@ pub fn local_addresses(model: &Model, service: Option<ServiceKey>) -> impl Itera
     })
 }
 
-/// How services defend themselves, of one or of all. `work`: do its cookies?
+/// What services have that `ipvsadm` does not know of, of one or of all. `work`: do its cookies?
 pub fn defences(
     model: &Model,
     service: Option<ServiceKey>,
@@ -84,7 +84,20 @@ pub fn defences(
         service: (*key).into(),
         defence: service.defence.into(),
         cookies_work: work(key),
+        proxy: service.proxy,
     })
+}
+
+/// All settings of the whole director.
+pub fn settings(model: &Model) -> Vec<SettingRow> {
+    let row = |(number, s): (usize, crate::settings::Setting)| SettingRow {
+        name: s.name.to_owned(),
+        value: model.settings().get(number),
+        default: s.default,
+        most: s.most,
+        text: s.text.to_owned(),
+    };
+    crate::settings::ALL.into_iter().enumerate().map(row).collect()
 }
 
 /// The lines of an answer made of rows: at most [`limits::ROWS_PER_CHUNK`] rows each, the last one marked; no rows are

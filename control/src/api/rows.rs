@@ -167,6 +167,18 @@ pub struct DefenceRow {
     pub defence: Defence,
     /// Can cookies be used with all its real servers? (Not with one by direct routing or a tunnel, and not with the director itself.)
     pub cookies_work: bool,
+    /// Are its real servers told of their clients by PROXY headers, version 2?
+    pub proxy: bool,
+}
+
+/// A setting of the whole director, as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingRow {
+    pub name: String,
+    pub value: u32,
+    pub default: u32,
+    pub most: u32,
+    pub text: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -192,6 +204,9 @@ pub struct Status {
     pub services: u32,
     pub dests: u32,
     pub connections: u64,
+    /// Connections that the setting drop_entry has taken so far.
+    #[serde(default)]
+    pub thinned: u64,
     /// One line an interface: name and how the data plane sits on it.
     pub interfaces: Vec<String>,
     /// What the operator should know, one line each.

@@ -85,6 +85,8 @@ pub struct WhyDest {
     pub forward: Forward,
     /// `None`: it has been removed.
     pub weight: Option<u32>,
+    /// It is told of its clients by PROXY headers.
+    pub proxy: bool,
 }
 
 /// What would become of a packet.

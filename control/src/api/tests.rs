@@ -59,6 +59,7 @@ fn commands() -> Vec<Command> {
         Command::Flush,
         Command::Zero { service: None },
         Command::SetTimeouts(Timeouts { tcp_s: 1, tcp_fin_s: 2, udp_s: 3 }),
+        Command::Set { name: "drop_entry".into(), value: 3 },
         Command::StartDaemon(DaemonSpec {
             role: DaemonRole::Backup,
             interface: "eth0".into(),
@@ -72,6 +73,7 @@ fn commands() -> Vec<Command> {
         Command::AddLocalAddress { service, addr },
         Command::DelLocalAddress { service, addr },
         Command::Defend { service, defence: Defence { cookies_above: Some(5), rate: 6, source_rate: 7 } },
+        Command::Proxy { service, on: true },
     ]
 }
 
@@ -83,6 +85,7 @@ fn requests_come_back_as_they_were() {
         RequestBody::List(Filter::One(some_service())),
         RequestBody::Connections,
         RequestBody::Timeouts,
+        RequestBody::Settings,
         RequestBody::Daemons,
         RequestBody::Drops,
         RequestBody::Stats,

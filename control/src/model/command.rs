@@ -6,6 +6,7 @@ use super::Service;
 use super::types::{
     DaemonRole, Defence, Dest, DestKey, Granularity, SchedFlags, ServiceConfig, ServiceKey, SyncDaemon, Timeouts,
 };
+use crate::settings::{SettingError, Settings};
 
 /// A service as a command describes it. Names are still text: whether a scheduler exists is found out after whether
 /// the service does (`ip_vs_genl_set_cmd`).
@@ -46,6 +47,8 @@ pub enum Command {
     Zero(Option<ServiceKey>),
     /// 0 leaves a timeout as it is.
     SetTimeouts(Timeouts),
+    /// A setting of the whole director, by its name.
+    Set(String, u32),
     StartDaemon(DaemonSpec),
     StopDaemon(DaemonRole),
     /// Puts an address into the pool that FULLNAT takes its sources from.
@@ -53,6 +56,8 @@ pub enum Command {
     DelLocalAddress(ServiceKey, IpAddr),
     /// Rate limits and SYN cookies.
     Defend(ServiceKey, Defence),
+    /// Whether its real servers are told of their clients by PROXY headers.
+    Proxy(ServiceKey, bool),
 }
 
 /// What a command changed, with what was there before: enough to write maps without looking at other services, and to
@@ -68,11 +73,13 @@ pub enum Change {
     Flushed(Vec<(ServiceKey, Service)>),
     Zeroed(Option<ServiceKey>),
     TimeoutsSet { before: Timeouts },
+    SettingChanged { before: Settings },
     DaemonStarted(DaemonRole),
     DaemonStopped { role: DaemonRole, was: SyncDaemon },
     LocalAddressAdded { service: ServiceKey, addr: IpAddr },
     LocalAddressRemoved { service: ServiceKey, addr: IpAddr },
     Defended { service: ServiceKey, before: Defence },
+    ProxySet { service: ServiceKey, before: bool },
 }
 
 /// A dest that was taken out, with its place in the kernel's list.
@@ -130,6 +137,9 @@ pub enum CommandError {
     /// EINVAL
     #[error("timeout of {0} seconds is out of range")]
     BadTimeout(u32),
+    /// ENOENT or EINVAL
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     /// ENODEV
     #[error("there is no interface called `{0}`")]
     NoSuchInterface(String),
@@ -152,6 +162,10 @@ pub enum CommandError {
     CookiesNotTcp,
     #[error("SYN cookies are for real servers by NAT and full NAT, whose replies come by here: {0} is not one")]
     CookiesOneWay(IpAddr),
+    #[error("PROXY headers are for TCP services with an address")]
+    ProxyNotTcp,
+    #[error("PROXY headers are for real servers by NAT and full NAT, whose replies come by here: {0} is not one")]
+    ProxyOneWay(IpAddr),
     /// ENOMEM
     #[error("no room for another {what}: the limit is {max}")]
     Full { what: &'static str, max: usize },

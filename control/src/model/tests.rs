@@ -274,6 +274,30 @@ fn cookies_are_for_tcp_and_for_replies_that_come_by() {
     assert_eq!(refused(&mut model, &Command::Defend(key, cookies)), CommandError::CookiesOneWay(direct.key.addr));
 }
 
+#[test]
+fn proxy_headers_are_for_tcp_and_for_replies_that_come_by() {
+    let (mut model, key) = with_service();
+    let udp = ServiceKey::Virtual { proto: Proto::Udp, addr: ip("192.0.2.1"), port: 53 };
+    assert_eq!(refused(&mut model, &Command::Proxy(udp, true)), CommandError::NoSuchService);
+    model.apply(&Command::AddService(udp, spec(Family::V4)), &Host).unwrap();
+    assert_eq!(refused(&mut model, &Command::Proxy(udp, true)), CommandError::ProxyNotTcp);
+    model.apply(&Command::Proxy(udp, false), &Host).unwrap();
+    // A real server by another method keeps them off ...
+    let [direct, nat] = [FwdMethod::Route, FwdMethod::Masq].map(|method| dest("10.0.0.7", 80, method));
+    let one_way = CommandError::ProxyOneWay(direct.key.addr);
+    model.apply(&Command::AddDest(key, direct), &Host).unwrap();
+    assert_eq!(refused(&mut model, &Command::Proxy(key, true)), one_way);
+    // ... and they keep it out.
+    model.apply(&Command::EditDest(key, nat), &Host).unwrap();
+    model.apply(&Command::Proxy(key, true), &Host).unwrap();
+    assert!(model.service(&key).unwrap().proxy);
+    assert_eq!(refused(&mut model, &Command::EditDest(key, direct)), one_way);
+    model.apply(&Command::DelDest(key, nat.key), &Host).unwrap();
+    assert_eq!(refused(&mut model, &Command::AddDest(key, direct)), one_way);
+    model.apply(&Command::Proxy(key, false), &Host).unwrap();
+    model.apply(&Command::AddDest(key, direct), &Host).unwrap();
+}
+
 /// Few keys, so that commands meet each other.
 fn any_key() -> impl Strategy<Value = ServiceKey> {
     prop_oneof![
@@ -336,6 +360,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => (any_key(), pool()).prop_map(|(key, addr)| Command::DelLocalAddress(key, addr)),
         1 => (any_key(), proptest::option::of(0..9u32), 0..9u32)
             .prop_map(|(key, cookies_above, rate)| Command::Defend(key, Defence { cookies_above, rate, source_rate: 0 })),
+        1 => (any_key(), any::<bool>()).prop_map(|(key, on)| Command::Proxy(key, on)),
     ]
 }
 

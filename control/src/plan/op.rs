@@ -4,6 +4,7 @@ use rvs_datapath::abi::{self, ListEntry};
 use rvs_datapath::conn;
 
 use crate::lists;
+use crate::settings::Settings;
 
 /// One write. Values of `abi` are whole; the counters' offsets in them are kept as they are in the maps, except where said.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,4 +79,6 @@ pub enum MapOp {
     },
     /// Timeouts of states, from the ones there are; in seconds: ESTABLISHED, FIN_WAIT, UDP.
     Timeouts(conn::Timeouts),
+    /// The settings of the whole director, and what they come to.
+    Settings(Settings),
 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use rvs_datapath::abi::{self, dest as flag, service as service_flag, tunnel};
 
-use crate::model::{Family, FwdMethod, Granularity, Scheduler, Service, ServiceKey, TunnelChecksum, TunnelKind};
+use crate::model::{Family, FwdMethod, Granularity, Service, ServiceKey, TunnelChecksum, TunnelKind};
 
 /// An address as `abi` has it.
 pub fn bytes(address: IpAddr) -> [u8; 16] {
@@ -50,11 +50,12 @@ pub(super) fn describe(record: &mut abi::Service, service: &Service, key: &Servi
         | flags(bits & 2 != 0, service_flag::HASH_PORT)
         | flags(bits & 4 != 0, service_flag::FLAG_3)
         | flags(c.one_packet, service_flag::ONE_PACKET)
+        | flags(service.proxy, service_flag::PROXY)
         | flags(local, service_flag::LOCAL);
     record.cookies = service.defence.cookies_above.map_or(0, |above| above.saturating_add(1));
     record.rate = service.defence.rate;
     record.source_rate = service.defence.source_rate;
-    record.scheduler = c.scheduler.map_or(0, scheduler_number);
+    record.scheduler = c.scheduler.map_or(0, |s| s as u32);
     record.persistence_s = c.persistence_s.unwrap_or(0);
     record.netmask = match c.granularity {
         Granularity::V4(mask) => u32::from_ne_bytes(mask.octets()),
@@ -68,21 +69,17 @@ pub(super) fn describe(record: &mut abi::Service, service: &Service, key: &Servi
     record.key = abi_key(key);
 }
 
-/// `rvs_datapath::sched::Kind`.
-fn scheduler_number(s: Scheduler) -> u32 {
-    Scheduler::ALL.iter().position(|x| *x == s).map_or(0, |i| i as u32 + 1)
-}
-
-/// `cookies`: may the service's SYNs be answered with cookies?
-pub(super) fn method_bits(method: FwdMethod, cookies: bool) -> u32 {
+/// `cookies`: may the service's SYNs be answered with cookies? `proxy`: is the server told of its clients by PROXY headers?
+pub(super) fn method_bits(method: FwdMethod, cookies: bool, proxy: bool) -> u32 {
+    let header = if proxy { flag::PROXY } else { 0 };
     match method {
         // Sequence numbers are the connection's own then.
-        FwdMethod::Masq if cookies => flag::FULLNAT | flag::OWN,
+        FwdMethod::Masq if cookies || proxy => flag::FULLNAT | flag::OWN | header,
         FwdMethod::Masq => flag::MASQ,
         FwdMethod::Local => flag::LOCAL_NODE,
         FwdMethod::Tunnel(_) => flag::TUNNEL,
         FwdMethod::Route => flag::ROUTE,
-        FwdMethod::Fullnat => flag::FULLNAT,
+        FwdMethod::Fullnat => flag::FULLNAT | header,
     }
 }
 

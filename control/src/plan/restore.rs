@@ -10,6 +10,7 @@ use crate::model::{
     Command, CommandError, Defence, Dest, DestKey, Env, Family, FwdMethod, Granularity, Model, Proto, SchedFlags,
     Scheduler, ServiceKey, ServiceSpec, Timeouts, Tunnel, TunnelChecksum, TunnelKind,
 };
+use crate::settings;
 
 /// What the maps hold.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +22,7 @@ pub struct Dump {
     pub hops: Vec<(u32, abi::Hop)>,
     /// tcp, tcpfin, udp.
     pub timeouts_s: [u32; 3],
+    pub settings: [u32; abi::SETTINGS_MAX],
 }
 
 /// A service that a key leads to.
@@ -50,6 +52,8 @@ pub enum RestoreError {
     Dest { index: u32, what: String },
     #[error("timeouts in the maps: {0}")]
     Timeouts(CommandError),
+    #[error("settings in the maps: {0}")]
+    Settings(CommandError),
 }
 
 /// Everything was accepted once.
@@ -73,6 +77,10 @@ impl Planner {
         let [tcp_s, tcp_fin_s, udp_s] = dump.timeouts_s;
         let timeouts = Command::SetTimeouts(Timeouts { tcp_s, tcp_fin_s, udp_s });
         model.apply(&timeouts, &Accepted).map_err(RestoreError::Timeouts)?;
+        for (value, setting) in dump.settings.iter().zip(settings::ALL) {
+            let set = Command::Set(setting.name.to_owned(), *value);
+            model.apply(&set, &Accepted).map_err(RestoreError::Settings)?;
+        }
         for (index, hop) in &dump.hops {
             if planner.rest.hop_indexes.claim(*index) {
                 // Two of one content: the second is not used by anything new.
@@ -130,6 +138,8 @@ impl Planner {
             source_rate: s.record.source_rate,
         };
         model.apply(&Command::Defend(key, defence), &Accepted).map_err(|e| wrong(e.to_string()))?;
+        let proxy = s.record.flags & service_flag::PROXY != 0;
+        model.apply(&Command::Proxy(key, proxy), &Accepted).map_err(|e| wrong(e.to_string()))?;
         let dests_there = BTreeMap::new();
         let list = s.list.clone();
         let mut placed = Placed { index: s.index, record: s.record, list, run, table, locals, dests: dests_there };

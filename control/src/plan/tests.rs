@@ -4,12 +4,14 @@ use std::net::Ipv4Addr;
 
 use proptest::prelude::*;
 use rvs_datapath::abi::ServiceState;
+use rvs_datapath::sched::Kind;
 
 use super::*;
 use crate::model::{
     Command, Defence, Env, FwdMethod, Granularity, Proto, SchedFlags, ServiceSpec, Timeouts, Tunnel, TunnelChecksum,
     TunnelKind,
 };
+use crate::settings::Settings;
 
 struct Host;
 impl Env for Host {
@@ -39,11 +41,12 @@ struct Maps {
     hops: BTreeMap<u32, abi::Hop>,
     quiesced: BTreeSet<u32>,
     timeouts: [u32; 3],
+    settings: [u32; abi::SETTINGS_MAX],
 }
 
 impl Maps {
     fn new() -> Self {
-        Maps { timeouts: [900, 120, 300], ..Maps::default() }
+        Maps { timeouts: [900, 120, 300], settings: Settings::default().values(), ..Maps::default() }
     }
 
     fn apply(&mut self, ops: &[MapOp]) {
@@ -83,6 +86,7 @@ impl Maps {
                 MapOp::Quiesced { index, quiesced: false } => drop(self.quiesced.remove(index)),
                 MapOp::Hop { index, value } => drop(self.hops.insert(*index, *value)),
                 MapOp::Timeouts(t) => self.timeouts = [t.tcp, t.tcp_fin, t.udp],
+                MapOp::Settings(s) => self.settings = s.values(),
                 MapOp::StatsIn { .. } | MapOp::StatsOut { .. } | MapOp::Zero { .. } => {}
             }
         }
@@ -112,6 +116,7 @@ impl Maps {
                 .collect(),
             hops: self.hops.iter().map(|(i, h)| (*i, *h)).collect(),
             timeouts_s: self.timeouts,
+            settings: self.settings,
         }
     }
 }
@@ -177,6 +182,7 @@ impl World {
                 source_rate: record.source_rate,
             };
             assert_eq!(defence, service.defence);
+            assert_eq!(record.flags & service_flag::PROXY != 0, service.proxy);
             let replies_come_by = list.iter().all(|e| self.maps.dests[&e.dest].lends());
             assert_eq!(record.asks(), record.cookies != 0 && replies_come_by);
             assert_eq!(self.planner.asks(key), record.asks());
@@ -185,16 +191,18 @@ impl World {
                 let there = self.maps.dests[&entry.dest];
                 assert_eq!((there.address, there.port), (bytes(dest.key.addr).into(), dest.key.port));
                 let cookies = service.defence.cookies_above.is_some();
-                assert_eq!(there.out as u32 & (flag::METHOD | flag::OWN), method_bits(dest.method, cookies));
+                let bits = there.out as u32 & (flag::METHOD | flag::OWN | flag::PROXY);
+                assert_eq!(bits, method_bits(dest.method, cookies, service.proxy));
                 assert_ne!(there.out as u32 & flag::AVAILABLE, 0);
                 assert_eq!(entry.weight, dest.weight);
                 assert_eq!(self.maps.info[&entry.dest].weight, dest.weight);
                 assert_eq!(self.maps.quiesced.contains(&entry.dest), dest.weight == 0);
                 assert_eq!(there.service, index);
             }
-            if service.config.scheduler == Some(Scheduler::Mh) {
-                let (first, size) = (record.table as u32, (record.table >> 32) as u32);
-                assert_eq!(size, mh::SIZE);
+            let (first, size) = (record.table as u32, (record.table >> 32) as u32);
+            let sizes = [(Kind::Mh, 4093), (Kind::Sh, 256), (Kind::Dh, 256)];
+            if let Some((_, wanted)) = sizes.iter().find(|(s, _)| service.config.scheduler == Some(*s)) {
+                assert_eq!(size, *wanted);
                 let own: BTreeSet<u32> = list.iter().map(|e| e.dest).chain([0]).collect();
                 assert!((first..first + size).all(|i| own.contains(&self.maps.tables[&i])));
             } else {
@@ -241,7 +249,7 @@ fn dest(n: u8, weight: u32, masq: bool) -> Dest {
 fn any_command() -> impl Strategy<Value = Command> {
     let key = || (0u16..4).prop_map(service);
     let dest = || (1u8..8, 0u32..4, any::<bool>()).prop_map(|(n, w, m)| dest(n, w, m));
-    let sched = || prop_oneof![Just("rr"), Just("wrr"), Just("wlc"), Just("mh")].prop_map(spec);
+    let sched = || prop_oneof![Just("rr"), Just("wrr"), Just("wlc"), Just("mh"), Just("sh"), Just("dh")].prop_map(spec);
     prop_oneof![
         4 => (key(), sched()).prop_map(|(k, s)| Command::AddService(k, s)),
         2 => (key(), sched()).prop_map(|(k, s)| Command::EditService(k, s)),
@@ -254,7 +262,9 @@ fn any_command() -> impl Strategy<Value = Command> {
         3 => (key(), prop::option::of(0u32..3), 0u32..3).prop_map(|(k, cookies_above, rate)| {
             Command::Defend(k, Defence { cookies_above, rate, source_rate: 7 })
         }),
+        2 => (key(), any::<bool>()).prop_map(|(k, on)| Command::Proxy(k, on)),
         1 => Just(Command::Flush),
+        1 => (0u32..5).prop_map(|n| Command::Set("drop_packet".into(), n)),
         1 => (1u32..5000).prop_map(|udp_s| Command::SetTimeouts(Timeouts { tcp_s: 0, tcp_fin_s: 0, udp_s })),
     ]
 }

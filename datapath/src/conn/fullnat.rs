@@ -2,9 +2,11 @@
 //! kept in a row beside the forward entry, found by its slot ([`Conns::side`]).
 //!
 //! ```text
-//! word 0   fingerprint:32 | port:16 | 0:11 | scale:4 | told:1   of which flow it is, written last; the local port; the server's window
-//!                                                                scale (only with a cookie); see TOLD
-//! word 1   delta:32 | first:32       what is added to the client's sequence numbers; its first one + 1
+//! word 0   fingerprint:32 | port:16 | 0:2 | has:6 | lacks:1 | sent:1 | proxied:1 | scale:4 | told:1
+//!                                    of which flow it is, written last; the local port; the server's window scale (only with a cookie or a
+//!                                    PROXY header); see HAS, LACKS, SENT, PROXIED, TOLD
+//! word 1   delta:32 | first:32       what is added to the client's sequence numbers (after its SYN, and what is put in front of its first
+//!                                    byte); its first one + 1
 //! word 2   cookie:32 | server:32     the first sequence number that the client was told (`cookie`; 0: the server's own); the server's
 //!                                    + 1, 0: not known yet
 //! word 3.. the local address
@@ -23,8 +25,27 @@ const SERVER: usize = 2;
 
 /// The server has heard from the client what it needs to know: nothing more is put into its packets.
 const TOLD: u64 = 1;
+/// It hears it by a PROXY header in front of the client's first byte.
+const PROXIED: u64 = 1 << 5;
+/// The header has been sent once at least, since the client's SYN.
+const SENT: u64 = 1 << 6;
+/// The server has shown since that it has only so many bytes of it.
+const LACKS: u64 = 1 << 7;
+const HAS_SHIFT: u32 = 8;
+const HAS: u64 = 0x3f << HAS_SHIFT;
 const PORT_SHIFT: u32 = 16;
 const SCALE_SHIFT: u32 = 1;
+
+/// How a server hears who its client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tells {
+    /// It sees its address.
+    Nothing,
+    /// By a TCP option.
+    Option,
+    /// By a PROXY header.
+    Header,
+}
 
 /// What a row says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +72,26 @@ impl<A: PartialEq> Side<A> {
     #[inline(always)]
     pub fn is_told(&self) -> bool {
         self.who & TOLD != 0
+    }
+    /// Does (or did) a PROXY header come before the client's first byte?
+    #[inline(always)]
+    pub fn is_proxied(&self) -> bool {
+        self.who & PROXIED != 0
+    }
+    /// ... which the server has not acknowledged yet?
+    #[inline(always)]
+    pub fn owes_header(&self) -> bool {
+        self.who & (PROXIED | TOLD) == PROXIED
+    }
+    /// How many bytes of the header, of `n`, the server has, as far as is known.
+    #[inline(always)]
+    pub fn has_of_header(&self, n: u32) -> u32 {
+        if self.who & (SENT | LACKS) == SENT { n } else { (self.who >> HAS_SHIFT) as u32 & 0x3f }
+    }
+    /// Has it been sent at all?
+    #[inline(always)]
+    pub fn has_sent_header(&self) -> bool {
+        self.who & SENT != 0
     }
     /// Added to the server's sequence numbers.
     #[inline(always)]
@@ -128,7 +169,6 @@ pub fn side<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, key: &Key<F:
 }
 
 /// The flow whose forward entry is at `place` is lent this address and port: what [`super::link`] makes the entry for its replies of.
-/// `told`: there is nothing to tell the server.
 #[inline(always)]
 pub fn lend<F: Addressing, C: Conns<F> + ?Sized>(
     c: &C,
@@ -136,7 +176,7 @@ pub fn lend<F: Addressing, C: Conns<F> + ?Sized>(
     place: Place,
     (address, port): (F::Addr, u16),
     cookie: u32,
-    told: bool,
+    tells: Tells,
 ) {
     let Some(row) = c.side(slot_of(place)) else { return };
     row.store(WHO, 0);
@@ -148,14 +188,23 @@ pub fn lend<F: Addressing, C: Conns<F> + ?Sized>(
         row.store(ADDRESS + i, words.as_ref()[i]);
         i += 1;
     }
-    row.store(WHO, fingerprint(key) | u64::from(port) << PORT_SHIFT | if told { TOLD } else { 0 });
+    let flags = match tells {
+        Tells::Nothing => TOLD,
+        Tells::Option => 0,
+        Tells::Header => PROXIED,
+    };
+    row.store(WHO, fingerprint(key) | u64::from(port) << PORT_SHIFT | flags);
 }
 
-/// The client's SYN went by: its first sequence number + 1, and what is added to all of its sequence numbers from now on.
+/// The client's SYN went by: its first sequence number + 1, and what is added to all of its sequence numbers from now on. A PROXY header is
+/// to be sent from the beginning.
 #[inline(always)]
-pub fn begin<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, first: u32, delta: u32) {
+pub fn begin<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &Side<F::Addr>, first: u32, delta: u32) {
     if let Some(row) = c.side(slot) {
         row.store(CLIENT, u64::from(delta) << 32 | u64::from(first));
+        if side.is_proxied() {
+            let _ = row.cas(WHO, side.who, side.who & !(TOLD | SENT | LACKS | HAS));
+        }
     }
 }
 
@@ -163,7 +212,7 @@ pub fn begin<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, first: u32,
 #[inline(always)]
 pub fn answered<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &Side<F::Addr>, server: u32, scale: u8) {
     if let Some(row) = c.side(slot) {
-        if side.cookie != 0 {
+        if side.cookie != 0 || side.is_proxied() {
             let scale = u64::from(scale.min(14)) << SCALE_SHIFT;
             let _ = row.cas(WHO, side.who, side.who & !(0xf << SCALE_SHIFT) | scale);
         }
@@ -177,6 +226,29 @@ pub fn answered<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &S
 pub fn told<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &Side<F::Addr>) {
     if let Some(row) = c.side(slot) {
         let _ = row.cas(WHO, side.who, side.who | TOLD);
+    }
+}
+
+/// The PROXY header was sent. (Whatever this misses is made up for by the next packet.)
+#[inline(always)]
+pub fn sent<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &Side<F::Addr>) {
+    let who = side.who & !LACKS | SENT;
+    if who != side.who
+        && let Some(row) = c.side(slot)
+    {
+        let _ = row.cas(WHO, side.who, who);
+    }
+}
+
+/// ... and no more than these bytes (fewer than 64) of it have arrived.
+#[inline(always)]
+pub fn lacks<F: Addressing, C: Conns<F> + ?Sized>(c: &C, slot: Slot, side: &Side<F::Addr>, has: u32) {
+    let who = side.who & !HAS | u64::from(has & 0x3f) << HAS_SHIFT | LACKS;
+    if who != side.who
+        && side.has_sent_header()
+        && let Some(row) = c.side(slot)
+    {
+        let _ = row.cas(WHO, side.who, who);
     }
 }
 

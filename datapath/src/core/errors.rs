@@ -2,13 +2,15 @@
 
 use super::{into_tunnel, is_nat};
 use crate::abi::{Hop, dest};
-use crate::conn::{self, Conns, HitOf};
-use crate::ct::{self, Found};
+use crate::conn::{self, Addressing, Conns, HitOf};
+use crate::ct::{self, Found, V4};
 use crate::far::Extras;
 use crate::frag::Part;
-use crate::packet::{Flow, Ip, Packet};
+use crate::icmp::{Answer, Error};
+use crate::packet::{Flow, Ip, L3, Packet};
 use crate::related::{self, Related};
 use crate::tables::{Of, Route, Tables};
+use crate::tunnel;
 use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
 use crate::xmit::{self, End};
 
@@ -21,7 +23,10 @@ pub(super) fn related<I: Of<T> + Extras, P: Packet, T: Tables>(
     stage: Stage,
     number: u32,
 ) -> Verdict {
-    let Some(error) = related::look::<I, P>(p, by) else { return pass(Reason::Icmp) };
+    if stage == Stage::ErrorOuter {
+        return about_tunnel(p, t);
+    }
+    let Some(error) = related::look::<I, P>(p, by) else { return perhaps_about_tunnel::<I, P>(p, by) };
     if stage == Stage::ErrorTunnel {
         return error_into_tunnel(p, t, &error, number);
     }
@@ -42,9 +47,66 @@ pub(super) fn related<I: Of<T> + Extras, P: Packet, T: Tables>(
         Found::Live(hit) if !over(hit.control) => {
             error_to_server(p, t, &error, conn::dest(hit.control), I::source(&error.key.words))
         }
-        _ => pass(Reason::Icmp),
+        _ => perhaps_about_tunnel::<I, P>(p, by),
     }
 }
+
+/// About no connection: the kernel's, unless what it quotes is a tunnel's packet of ours.
+#[inline(always)]
+fn perhaps_about_tunnel<I: Ip, P: Packet>(p: &mut P, by: usize) -> Verdict {
+    if I::FAMILY == 4 && by == 0 && related::may_be_outer(p) {
+        return Verdict::go(Stage::ErrorOuter, 0);
+    }
+    pass(Reason::Icmp)
+}
+
+/// About the outer packet of a tunnel: the client is told the same about what is in it, from the virtual address (`ip_vs_in_icmp`).
+#[inline(always)]
+fn about_tunnel<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
+    let Some(outer) = related::outer(p) else { return pass(Reason::Icmp) };
+    let c = <V4 as Of<T>>::conns(t);
+    let Found::Live(hit) = ct::lookup::<V4, _>(c.table(), &outer.key) else { return pass(Reason::Icmp) };
+    if hit.control & ct::REVERSE != 0 || conn::expired(c.policy(), hit.control, c.now_s()) {
+        return pass(Reason::Icmp);
+    }
+    let index = conn::dest(hit.control);
+    let (Some(d), Some(by)) = (t.dest(index), t.tunnel(index)) else { return drop(Reason::Internal) };
+    let flags = d.out as u32;
+    let ours =
+        flags & (dest::METHOD | dest::V6 | dest::LOCAL) == dest::TUNNEL && V4::from_address(&d.address) == outer.to;
+    // Who lets his packets be cut is told of no limit.
+    if !ours || outer.said == FRAGMENTATION_NEEDED && outer.may_fragment {
+        return pass(Reason::Icmp);
+    }
+    let mut rest = outer.rest;
+    if outer.said == FRAGMENTATION_NEEDED {
+        let (mtu, overhead) = (rest & 0xffff, tunnel::overhead::<V4>(by));
+        rest = if mtu > 68 + overhead { mtu - overhead } else { mtu };
+    }
+    let (client, vip) = (V4::source(&outer.key.words), V4::destination(&outer.key.words));
+    let mut hop = Hop::default();
+    if t.route::<V4>([vip, client], V4::ICMP, outer.len, &mut hop) != Route::Hop {
+        return pass(Reason::Icmp);
+    }
+    // Not what Ethernet pads it with.
+    if !p.cut(L3 + outer.len as usize) {
+        return drop(Reason::Internal);
+    }
+    let done = match outer.before {
+        48 => p.strip(48),
+        52 => p.strip(52),
+        56 => p.strip(56),
+        _ => p.strip(60),
+    };
+    if !done || !V4::answer(p, Error::Said(outer.said), rest, outer.key.sport()) {
+        return drop(Reason::Internal);
+    }
+    t.count_out(index, outer.len);
+    xmit::send(p, &hop, Reason::ErrorOut)
+}
+
+/// Type and code.
+const FRAGMENTATION_NEEDED: u16 = 3 << 8 | 4;
 
 /// ... about a flow by FULLNAT: first the end that other methods leave alone, then as for NAT.
 #[inline(always)]

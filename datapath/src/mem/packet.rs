@@ -90,7 +90,8 @@ impl Packet for MemPacket {
         let _ = (0..options::MOST).any(|i| editing.step(self, i));
         editing.end()
     }
-    fn open_gap(&mut self, at: usize, n: usize) -> bool {
+    fn open_gap(&mut self, at: usize, by: usize, n: usize) -> bool {
+        let at = at + by;
         let fits = at <= self.bytes.len();
         if fits {
             self.bytes.splice(at..at, std::iter::repeat_n(0xa5, n));
@@ -129,6 +130,9 @@ impl Packet for MemPacket {
         // What lies in front is undefined: something that a forgotten byte shows by.
         self.bytes.splice(0..0, std::iter::repeat_n(0xa5, n));
         true
+    }
+    fn strip(&mut self, n: usize) -> bool {
+        self.shrink_head(n)
     }
     fn cut(&mut self, len: usize) -> bool {
         let fits = len <= self.bytes.len();

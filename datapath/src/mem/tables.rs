@@ -80,6 +80,9 @@ pub struct MemTables {
     pub tunnels: Vec<Tunnel>,
     dest_flags: Vec<AtomicU64>,
     lendings: Vec<AtomicU64>,
+    drawn: AtomicU64,
+    begun: AtomicU64,
+    sweeps: AtomicU32,
     stats: Vec<StatCells>,
     reply_hops: Vec<OnceLock<Hop>>,
     rates: Vec<[AtomicU64; 1]>,
@@ -107,6 +110,9 @@ impl MemTables {
             flags: 0,
             turned_at: 0,
             timeouts_s: [t.tcp, t.tcp_fin, t.udp, 0],
+            drop_rate: 0,
+            spare: 0,
+            settings: [0; abi::SETTINGS_MAX],
         };
         MemTables {
             conns4: MemConns::new(sizes.buckets4, seed, sizes.dests),
@@ -126,6 +132,9 @@ impl MemTables {
             tunnels: filled(sizes.dests),
             dest_flags: filled(sizes.dests),
             lendings: filled(sizes.dests),
+            drawn: AtomicU64::new(1),
+            begun: AtomicU64::new(0),
+            sweeps: AtomicU32::new(0),
             stats: filled(sizes.dests),
             reply_hops: filled(REPLY_HOPS_MAX),
             rates: filled(abi::RATES_MAX),
@@ -154,9 +163,19 @@ impl MemTables {
         self.icmp_left.store(ICMP_PER_S, Relaxed);
     }
     /// A full sweep of both tables.
+    /// Flags and drop rate of the configuration.
+    pub fn set_config(&mut self, [flags, drop_rate]: [u32; 2]) {
+        self.config = Config { flags, drop_rate, ..self.config };
+    }
     pub fn sweep(&self) {
+        let sweep = self.sweeps.fetch_add(1, Relaxed);
+        let thins = self.config.flags & abi::config::DROP_ENTRY != 0;
         self.conns4.sweep();
         self.conns6.sweep();
+        if thins {
+            self.conns4.thin(sweep);
+            self.conns6.thin(sweep);
+        }
     }
 
     /// What the timer does in one of [`abi::SWEEP_TICKS`] ticks.
@@ -322,11 +341,17 @@ impl Tables for MemTables {
     fn advance(&self, service: u32, which: Machine, old: u64, new: u64) -> bool {
         self.machines[service as usize][which as usize].compare_exchange(old, new, SeqCst, SeqCst).is_ok()
     }
-    fn overhead(&self, dest: u32) -> u64 {
+    fn connections(&self, dest: u32) -> [u64; 2] {
         let s = self.dest_state(dest);
-        // Below 0 for an instant counts as 0.
-        let of = |n: u64| if (n as i64) < 0 { 0 } else { n };
-        (of(s.active) << 8).wrapping_add(of(s.inactive))
+        [s.active, s.inactive].map(|n| if (n as i64) < 0 { 0 } else { n })
+    }
+    /// Always the same numbers.
+    fn random(&self) -> u32 {
+        let drawn = self.drawn.fetch_add(1, Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        ((drawn ^ drawn >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32
+    }
+    fn begun(&self) -> u64 {
+        self.begun.fetch_add(1, Relaxed)
     }
     fn overloaded(&self, dest: u32) -> bool {
         self.dest_flags.get(dest as usize).is_none_or(|f| f.load(SeqCst) & 1 != 0)

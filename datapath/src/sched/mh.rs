@@ -1,5 +1,6 @@
 //! mh: Maglev hashing as the kernel does it (`ip_vs_mh.c`). The table is built by the control plane ([`build`]), looked up here.
 
+use super::{Member, folded};
 use crate::abi::{Service, service};
 use crate::packet::{Flow, Ip};
 use crate::tables::{Tables, Walker};
@@ -46,13 +47,6 @@ fn round(s: &mut [u64; 4]) {
     s[2] = s[2].rotate_left(32);
 }
 
-/// XOR of the words of an address, then to host order (`ip_vs_mh_hashkey`).
-#[inline(always)]
-fn folded(address: &[u8; 16]) -> u32 {
-    let word = |i: usize| u32::from_be_bytes([address[i], address[i + 1], address[i + 2], address[i + 3]]);
-    word(0) ^ word(4) ^ word(8) ^ word(12)
-}
-
 #[inline(always)]
 pub fn pick<I: Ip, T: Tables>(t: &T, s: &Service, flow: &Flow<I>) -> Option<u32> {
     let port = if s.flags & service::HASH_PORT != 0 { u32::from(flow.key.sport()) } else { 0 };
@@ -96,16 +90,6 @@ impl<T: Tables> Walker<T> for Walk {
             _ => false,
         }
     }
-}
-
-/// A dest for [`build`].
-#[derive(Clone, Copy, Debug)]
-pub struct Member {
-    pub dest: u32,
-    pub address: [u8; 16],
-    pub port: u16,
-    /// Last weight that was not 0: weight 0 keeps its slots, so that nobody else's clients move.
-    pub last_weight: u32,
 }
 
 /// The lookup table of a service (`ip_vs_mh_permutate`, `ip_vs_mh_populate`), members in list order. `out` has [`SIZE`] places; without

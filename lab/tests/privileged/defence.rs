@@ -12,7 +12,7 @@ use nix::sys::socket::{
 };
 use rvs_fixtures::frame::{Frame, TCP, flag};
 use rvs_lab::layouts::{Layout, Options};
-use rvs_lab::{Hook, Lab, NodeHandle};
+use rvs_lab::{Director, Hook, Lab, NodeHandle, eventually};
 
 use crate::support::{Test, TestResult, at, check, director, equal, http, lab_for, on_hooks, serve, vip};
 use crate::transfers::there_and_back;
@@ -24,6 +24,7 @@ pub fn tests() -> Vec<Test> {
         on_hooks("syn_cookies_and_servers_that_speak_first", &both, speaks_first),
         on_hooks("syn_cookies_are_turned_on_and_off_under_traffic", &[Hook::Xdp], on_and_off),
         on_hooks("rate_limits", &[Hook::Xdp], rate_limits),
+        on_hooks("drop_entry_takes_half_open_connections", &[Hook::Xdp], drop_entry),
     ]
     .into_iter()
     .flatten()
@@ -45,7 +46,11 @@ fn syn_cookies(hook: Hook) -> TestResult {
         http(&lab, web, 4).map_err(|why| format!("{method}: {why:?}, verdicts {:?}", rvs.verdicts()))?;
         rvs.rvs(&format!("service set tcp {web} --syn-cookies always"))?;
         let shown = rvs.rvs(&format!("service show tcp {web}"))?;
-        equal("the service", &shown, &format!("tcp {web}  syn-cookies always  rate off  source-rate off\n"))?;
+        equal(
+            "the service",
+            &shown,
+            &format!("tcp {web}  syn-cookies always  rate off  source-rate off  proxy off\n"),
+        )?;
         let before = rvs.verdicts()?;
         let (over, sent) = (AtomicBool::new(false), AtomicU64::new(0));
         // A flood of SYNs, and honest clients all the while.
@@ -201,10 +206,55 @@ fn rate_limits(hook: Hook) -> TestResult {
         check(rvs.verdicts()?.since(&before).of(reason) == 0, || format!("{option} 0 is a limit still"))?;
     }
     rvs.rvs(&format!("service set tcp {web} --rate 1000 --source-rate 50"))?;
-    let due = format!("tcp {web}  syn-cookies off  rate 1000  source-rate 50\n");
+    let due = format!("tcp {web}  syn-cookies off  rate 1000  source-rate 50  proxy off\n");
     equal("the service", &rvs.rvs("service show")?, &due)?;
     // What was set is in the maps, and so with whoever takes them over.
     rvs.kill();
     rvs.start_again()?;
     equal("the service", &rvs.rvs("service show")?, &due)
+}
+
+/// They would stay for 60 seconds; with drop_entry a 32nd of them goes each second, however many.
+fn drop_entry(hook: Hook) -> TestResult {
+    let lab = lab_of(hook)?;
+    let mut rvs = director(&lab, LAYOUT.director_interfaces(), hook)?;
+    let (web, web6) = (vip(&lab, false, 80)?, vip(&lab, true, 80)?);
+    serve(&lab, &rvs, "-t", web, "-g", 80)?;
+    serve(&lab, &rvs, "-t", web6, "-g", 80)?;
+    http(&lab, web, 20)?;
+    for target in [web, web6] {
+        let (over, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+        thread::scope(|scope| -> TestResult {
+            let flood = scope.spawn(|| flood(lab.node("client")?, target, &over, &sent));
+            let enough = eventually("SYNs of nobody", Duration::from_secs(10), || match sent.load(Ordering::Relaxed) {
+                n if n > 200 => Ok(()),
+                n => Err(format!("{n} sent")),
+            });
+            over.store(true, Ordering::Relaxed);
+            flood.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            Ok(enough?)
+        })?;
+    }
+    let half_open = |rvs: &Director<'_>| -> TestResult<usize> {
+        Ok(rvs.ipvsadm("-Lnc")?.lines().filter(|l| l.contains("SYN_RECV")).count())
+    };
+    let before = half_open(&rvs)?;
+    check(before > 200, || format!("{before} half-open connections"))?;
+    rvs.rvs("set drop_entry 3")?;
+    // What was set is with whoever takes over.
+    rvs.kill();
+    rvs.start_again()?;
+    equal("the setting", rvs.rvs("set drop_entry")?.split_whitespace().nth(1).unwrap_or_default(), "3")?;
+    let begun = std::time::Instant::now();
+    eventually("half-open connections to go", Duration::from_secs(45), || match half_open(&rvs) {
+        Ok(0) => Ok(()),
+        other => Err(format!("{other:?}")),
+    })?;
+    println!("{before} half-open connections were gone in {:.0?}", begun.elapsed());
+    let status = rvs.rvs("status")?;
+    check(status.contains("connections taken by drop_entry"), || status.clone())?;
+    let refused = rvs.rvs("set drop_entry 4");
+    check(refused.as_ref().is_err_and(|e| e.to_string().contains("drop_entry is 0..3")), || format!("{refused:?}"))?;
+    // Honest ones get through meanwhile.
+    http(&lab, web, 50).map(drop)
 }

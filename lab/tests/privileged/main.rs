@@ -5,10 +5,13 @@
 
 mod bad_input;
 mod defence;
+mod flooded;
 mod fragments;
 mod layouts;
 mod operations;
+mod paths;
 mod plain;
+mod proxied;
 mod restart;
 mod scale;
 mod sctp;
@@ -31,12 +34,15 @@ fn main() {
         layouts::tests(),
         restart::tests(),
         transfers::tests(),
+        paths::tests(),
         operations::tests(),
         traffic::tests(),
+        flooded::tests(),
         fragments::tests(),
         sctp::tests(),
         bad_input::tests(),
         defence::tests(),
+        proxied::tests(),
         scale::tests(),
         seen::tests(),
     ];

@@ -119,6 +119,12 @@ impl Maps {
                 self.hops.set(*index, *value)?;
             }
             MapOp::Timeouts(t) => self.timeouts(t, undo)?,
+            MapOp::Settings(s) => {
+                let before = self.config.get(0)?;
+                undo.push(Undo::Config(Box::new(before)));
+                let (level, settings) = (s.level(), s.values());
+                self.config.set(0, Config { flags: level.flags, drop_rate: level.drop_rate, settings, ..before })?;
+            }
         }
         Ok(())
     }
@@ -263,6 +269,7 @@ impl Maps {
         }
         let config = self.config.get(0)?;
         dump.timeouts_s = [config.timeouts_s[0], config.timeouts_s[1], config.timeouts_s[2]];
+        dump.settings = config.settings;
         Ok(dump)
     }
 }

@@ -8,7 +8,7 @@ use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, T
 use aya::programs::{Program, ProgramInfo, SchedClassifier, TcAttachType};
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use super::raw::{self, LinkInfo};
@@ -133,7 +133,7 @@ impl Dataplane {
     /// The program doesn't load; or the kernel refuses, with the interface, the reason and what can be done. What was attached
     /// before still is.
     pub fn attach(&mut self, port: Port<'_>, hook: Hook) -> Result<Done> {
-        let fd = self.program_fd(hook.program())?;
+        let fd = self.program(hook.program())?;
         let all = list(&self.dir)?;
         let rivals: Vec<&Attached> = all.iter().filter(|a| a.ifindex == port.ifindex && a.hook.rivals(hook)).collect();
         let exclusive = |a: &&&Attached| a.hook.kernel().0 == hook.kernel().0;
@@ -229,27 +229,11 @@ impl Dataplane {
     /// # Errors
     /// There is none of that name, or it doesn't load.
     pub fn tc(&mut self, name: &str) -> Result<&mut SchedClassifier> {
-        self.program_fd(name)?;
+        self.program(name)?;
         match self.ebpf.program_mut(name) {
             Some(Program::SchedClassifier(program)) => Ok(program),
             _ => Err(BpfError::Refused(format!("the object's {name} is no tc program"))),
         }
-    }
-
-    /// The program, loaded if it was not.
-    fn program_fd(&mut self, name: &str) -> Result<OwnedFd> {
-        let program = self.ebpf.program_mut(name);
-        let program = program.ok_or_else(|| BpfError::Refused(format!("the object has no program {name}")))?;
-        if program.fd().is_err() {
-            match program {
-                Program::Xdp(p) => p.load(),
-                Program::SchedClassifier(p) => p.load(),
-                _ => return Err(BpfError::Refused(format!("the object's {name} is of an unknown type"))),
-            }
-            .map_err(failed(format!("program {name}")))?;
-        }
-        let fd = program.fd().map_err(failed(format!("program {name}")))?;
-        fd.as_fd().try_clone_to_owned().map_err(failed(format!("program {name}")))
     }
 }
 
@@ -262,7 +246,7 @@ fn refused(port: Port<'_>, hook: Hook, source: io::Error) -> BpfError {
     BpfError::Failed { what, source: Box::new(source) }
 }
 
-fn make_folder(path: &Path) -> Result<()> {
+pub(super) fn make_folder(path: &Path) -> Result<()> {
     let folder = path.parent().unwrap_or(path);
     std::fs::create_dir_all(folder).map_err(failed(format!("folder {}", folder.display())))
 }

@@ -5,6 +5,7 @@ pub mod attach;
 mod conns;
 mod decap;
 mod flat;
+mod gates;
 mod peers;
 pub mod programs;
 mod raw;
@@ -14,12 +15,14 @@ pub mod verify;
 
 pub use apply::combine;
 pub use conns::{Belongs, ConnTable, Flow};
+pub use gates::GATES;
 pub use rehearsal::{Outcome, Rehearsal, Stage};
 pub use ring::Ring;
 
 use aya::maps::{HashMap, MapData};
-use aya::programs::{TestRun, TestRunOptions, Xdp};
+use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
+use rvs_control::settings::Settings;
 use rvs_datapath::abi::{self, Clock, Config, CpuStats, Hop, Iface, ServiceKey, map};
 use rvs_datapath::conn::{Policy, SLOTS_MAX, Timeouts};
 use rvs_datapath::ct::{Family, MIN_BUCKETS, Seed, V4, V6};
@@ -311,7 +314,7 @@ impl Dataplane {
         let (maps, ring) = (Maps::open(dir, &flat)?, Ring::of(&mut ebpf)?);
         let mut dataplane = Dataplane { maps, ring, ebpf, flat, dir: dir.to_owned(), fresh };
         for name in programs {
-            dataplane.xdp(name)?.load().map_err(failed(format!("program {name}")))?;
+            dataplane.program(name)?;
         }
         Ok(dataplane)
     }
@@ -340,7 +343,7 @@ impl Dataplane {
         let (maps, ring) = (Maps::open(&self.dir, &flat)?, Ring::of(&mut ebpf)?);
         let mut next = Dataplane { maps, ring, ebpf, flat, dir: self.dir.clone(), fresh: false };
         for name in ["rvs_start", "rvs_xdp", "rvs_pass"] {
-            next.xdp(name)?.load().map_err(failed(format!("program {name}")))?;
+            next.program(name)?;
         }
         for name in made {
             let (path, side) = (self.dir.join(name), self.dir.join(format!("{name}_new")));
@@ -357,6 +360,17 @@ impl Dataplane {
     }
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+    /// A program, loaded if it was not.
+    fn program(&mut self, name: &str) -> Result<ProgramFd> {
+        gates::load(&mut self.ebpf, name, Some(&self.dir))
+    }
+    /// Once in a while: what programs that have been replaced held is let go. (Not at once: a packet may be under way in one.)
+    ///
+    /// # Errors
+    /// A pin can't be read or removed.
+    pub fn tidy(&self) -> Result<()> {
+        gates::close(&self.ebpf, &self.dir).map(drop)
     }
     /// A program by name.
     pub fn xdp(&mut self, name: &str) -> Result<&mut Xdp> {
@@ -383,6 +397,7 @@ impl Dataplane {
         for a in attach::list(&self.dir)? {
             attach::detach(&self.dir, &a.name, a.hook)?;
         }
+        gates::close_all(&self.dir)?;
         for name in ALL {
             let path = self.dir.join(name);
             std::fs::remove_file(&path).map_err(failed(format!("remove {}", path.display())))?;
@@ -575,7 +590,10 @@ impl Flat {
         let t = Timeouts::default();
         let policy = Policy::new(&t);
         let timeouts_s = [t.tcp, t.tcp_fin, t.udp, 0];
-        let config = Config { version: abi::VERSION, seed, policy, flags: 0, turned_at: 0, timeouts_s };
+        let (flags, turned_at, drop_rate, spare) = (0, 0, 0, 0);
+        let settings = Settings::default().values();
+        let config =
+            Config { version: abi::VERSION, seed, policy, flags, turned_at, timeouts_s, drop_rate, spare, settings };
         self.table::<Config>(map::CONFIG)?.set(0, config)?;
         let path = dir.join(map::CONFIG);
         raw::pin(self.get(map::CONFIG)?.1, &path).map_err(failed(format!("pin {}", path.display())))

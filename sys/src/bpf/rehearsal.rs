@@ -12,7 +12,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::attach::Hook;
 use super::raw::{self, Mapping};
-use super::{BpfError, Dataplane, Flat, LOOKED_UP, Result, Shape, Table, failed, flat};
+use super::{BpfError, Dataplane, Flat, LOOKED_UP, Result, Shape, Table, failed, flat, gates};
+use crate::memory;
 
 /// State that says what becomes of a packet.
 const COPIED: [&str; 13] = [
@@ -88,7 +89,7 @@ impl Stage {
     /// # Errors
     /// No memory for the copies, or the kernel refuses.
     pub fn open(self, object: &[u8]) -> Result<Rehearsal> {
-        let (cost, free) = (self.cost(), memory_available()?);
+        let (cost, free) = (self.cost(), memory::available().map_err(failed("memory for a copy"))?);
         // Tables of many millions of flows are to stay usable beside their own copy.
         if cost > free / 2 {
             return Err(BpfError::Refused(format!(
@@ -134,7 +135,7 @@ impl Stage {
         let stats = Table::new(fd.as_fd(), name, *len)?;
         let (name, len, fd) = table(map::TRACE)?;
         // It tells of its packets as `rvs trace` is told: the verdict is in there.
-        let all = Trace { reasons: u64::MAX, until_s: u32::MAX, ..Trace::default() };
+        let all = Trace { reasons: [u64::MAX; 2], until_s: u32::MAX, ..Trace::default() };
         Table::new(fd.as_fd(), name, *len)?.set(0, all)?;
         let _maps = maps.into_iter().map(|(_, _, fd)| fd).collect();
         Ok(Rehearsal { ebpf, ring, copies, ifaces, stats, _maps })
@@ -188,17 +189,7 @@ impl Rehearsal {
     }
 
     fn load(&mut self, hook: Hook) -> Result<()> {
-        let what = || failed(format!("load {} once more", hook.program()));
-        match hook {
-            Hook::Tc | Hook::TcOut => {
-                let program = self.tc(hook)?;
-                if program.fd().is_err() { program.load().map_err(what()) } else { Ok(()) }
-            }
-            Hook::XdpNative | Hook::XdpGeneric => {
-                let program = self.xdp(hook)?;
-                if program.fd().is_err() { program.load().map_err(what()) } else { Ok(()) }
-            }
-        }
+        gates::load(&mut self.ebpf, hook.program(), None).map(drop)
     }
     fn xdp(&mut self, hook: Hook) -> Result<&mut Xdp> {
         let name = hook.program();
@@ -228,12 +219,4 @@ fn context(hook: Hook, ifindex: u32, len: usize) -> Vec<u8> {
         6
     };
     words[..count].iter().flat_map(|word| word.to_ne_bytes()).collect()
-}
-
-/// Memory that can be had without swapping, bytes.
-fn memory_available() -> Result<u64> {
-    let path = "/proc/meminfo";
-    let text = std::fs::read_to_string(path).map_err(failed(path))?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.strip_suffix("kB")?.trim().parse().ok());
-    line.map(|kib: u64| kib << 10).ok_or_else(|| BpfError::Refused(format!("{path} has no MemAvailable line")))
 }

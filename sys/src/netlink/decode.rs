@@ -256,7 +256,7 @@ const RTM_NEXTHOP: [u16; 2] = [104, 105];
 
 /// The events in one datagram of a multicast socket. Whatever can't be read is a `Resync`: the caller then learns by
 /// asking what it could not learn by listening.
-pub(super) fn events(datagram: &[u8]) -> Vec<NetEvent> {
+pub fn events(datagram: &[u8]) -> Vec<NetEvent> {
     let mut events = Vec::new();
     let mut rest = datagram;
     while !rest.is_empty() {

@@ -14,6 +14,7 @@ pub mod fake;
 mod kernel;
 mod watch;
 
+pub use decode::events;
 pub use kernel::Netlink;
 pub use watch::KernelWatch;
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::SeqCst;
 
 use aya::programs::{TestRun, TestRunOptions};
-use rvs_datapath::abi::{Clock, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats};
+use rvs_datapath::abi::{Clock, Config, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats};
 use rvs_datapath::verdict::{COUNTERS, Reason};
 use rvs_fixtures::case::{Code, Counted, Engine, FlowRow, START_S, Sent};
 use rvs_fixtures::cases;
@@ -106,7 +106,9 @@ pub fn director() -> Ns {
     for (net, family, bits) in [(Net::V4, "", 32), (Net::V6, "-6 ", 128)] {
         let known =
             |address, to, dev: &str| ns.ip(&format!("neigh add {address} lladdr {} dev {dev} nud permanent", mac(to)));
-        known(net.client(0).ip(), CLIENT_MAC, "lan");
+        for client in net.clients() {
+            known(client, CLIENT_MAC, "lan");
+        }
         known(net.vlan_client(0).ip(), CLIENT_MAC, &format!("vlan{LAN_VLAN}"));
         for number in SERVERS {
             known(net.server(number, 0).ip(), server_mac(number), "back");
@@ -231,6 +233,8 @@ impl Engine for Kernel {
         for (key, _) in gone {
             maps.keys.remove(*key).expect("remove a service");
         }
+        let ([flags, drop_rate], config) = (layout.settings, maps.config.get(0).expect("the configuration"));
+        maps.config.set(0, Config { flags, drop_rate, ..config }).expect("the configuration");
         for (i, hop) in (0..).zip(&layout.hops) {
             maps.hops.set(i, *hop).expect("a hop");
         }

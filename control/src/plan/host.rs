@@ -1,0 +1,124 @@
+//! What the host brings about: its addresses, the ways to the real servers, its memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use rvs_datapath::abi::{self, dest as flag, service as service_flag};
+
+use super::{MapOp, Mirror, Planner, Step, Way, bytes};
+use crate::model::{Model, ServiceKey};
+
+impl Planner {
+    /// The addresses of this host, as they are now.
+    pub fn locals(&mut self, locals: BTreeSet<IpAddr>) -> Step {
+        self.locals = locals;
+        let mut step = Step::default();
+        for (key, placed) in &mut self.services {
+            let ServiceKey::Virtual { addr, .. } = key else { continue };
+            let flags = placed.record.flags & !service_flag::LOCAL
+                | if self.locals.contains(addr) { service_flag::LOCAL } else { 0 };
+            if flags != placed.record.flags {
+                placed.record.flags = flags;
+                step.ops.push(MapOp::Service { index: placed.index, value: placed.record, fresh: false });
+            }
+        }
+        step
+    }
+
+    /// What the settings come to now.
+    pub fn settings(&self, model: &Model) -> Step {
+        Step { ops: vec![MapOp::Settings(model.settings())], ..Step::default() }
+    }
+
+    pub(super) fn is_local(&self, key: &ServiceKey) -> bool {
+        matches!(key, ServiceKey::Virtual { addr, .. } if self.locals.contains(addr))
+    }
+
+    /// The addresses to which ways are wanted.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.by_address.keys().copied()
+    }
+
+    /// Is no way to this address known yet?
+    pub fn lacks_way(&self, address: IpAddr) -> bool {
+        !self.ways.contains_key(&address) && !self.locals.contains(&address)
+    }
+
+    /// The ways there are now, to all addresses; an address without one is reached through the kernel's tables, packet by packet.
+    /// If there is no room for all hops, some stay without.
+    pub fn ways(&mut self, ways: BTreeMap<IpAddr, Way>, now_ms: u64) -> Step {
+        self.ways = ways;
+        let mut step = Step::default();
+        let hops_wanted: BTreeSet<_> = self.ways.values().filter_map(hop_key).collect();
+        for key in &hops_wanted {
+            if !self.hops.contains_key(key)
+                && let Ok(index) = self.rest.hop_indexes.take()
+            {
+                self.hops.insert(*key, index);
+                step.ops.push(MapOp::Hop { index, value: abi::Hop { macs: key.0, ifindex: key.1 } });
+            }
+        }
+        let mut dests = std::mem::take(&mut self.dests);
+        for (index, mirror) in &mut dests {
+            let pointed = self.pointed(*mirror);
+            if pointed.tunnel != mirror.tunnel {
+                step.ops.push(MapOp::Tunnel { index: *index, value: pointed.tunnel });
+            }
+            if pointed.record != mirror.record {
+                step.ops.push(MapOp::Dest { index: *index, value: pointed.record });
+            }
+            *mirror = pointed;
+        }
+        self.dests = dests;
+        let mut services = std::mem::take(&mut self.services);
+        services.values_mut().filter(|placed| placed.record.cookies != 0).for_each(|p| self.ask(p, &mut step));
+        self.services = services;
+        let unused: Vec<_> =
+            self.hops.iter().filter(|(k, _)| !hops_wanted.contains(*k)).map(|(k, i)| (*k, *i)).collect();
+        for (key, index) in unused {
+            self.hops.remove(&key);
+            self.rest.hop_indexes.retire(index, now_ms);
+        }
+        step
+    }
+
+    /// Is a real server that is this host served by NAT?
+    pub fn has_local_masq(&self) -> bool {
+        self.dests.values().any(|m| {
+            let flags = m.record.out as u32;
+            let by_nat = matches!(flags & flag::METHOD, flag::MASQ | flag::FULLNAT);
+            flags & flag::LOCAL != 0 && by_nat && flags & flag::AVAILABLE != 0
+        })
+    }
+
+    /// A dest with the way to its address.
+    pub(super) fn pointed(&self, mut mirror: Mirror) -> Mirror {
+        let (record, address) = (&mut mirror.record, mirror.address);
+        // Of this host it is known at once; a reply of NAT must first find its egress program.
+        let by_nat = matches!(record.out as u32 & flag::METHOD, flag::MASQ | flag::FULLNAT);
+        let at_once = self.locals.contains(&address) && !by_nat;
+        let way = if at_once { Some(&Way::Local) } else { self.ways.get(&address) };
+        let hop = way.and_then(hop_key).and_then(|k| self.hops.get(&k)).copied().unwrap_or(0);
+        let local = if way == Some(&Way::Local) { flag::LOCAL } else { 0 };
+        let flags = record.out as u32 & !flag::LOCAL | local;
+        record.out = u64::from(flags) | u64::from(hop) << 32;
+        record.mtu = match way {
+            Some(Way::Hop { mtu, .. }) => *mtu,
+            _ => 0,
+        };
+        // Without a way for a while, the address of before is as good as any.
+        if let Some(Way::Hop { source: Some(source), .. }) = way
+            && record.out as u32 & flag::METHOD == flag::TUNNEL
+        {
+            mirror.tunnel.source = bytes(*source).into();
+        }
+        mirror
+    }
+}
+
+fn hop_key(way: &Way) -> Option<([u32; 3], u32)> {
+    match way {
+        Way::Hop { macs, ifindex, .. } => Some((*macs, *ifindex)),
+        Way::Local => None,
+    }
+}
