@@ -35,7 +35,7 @@ pub fn run(root: &Path, args: &[String]) -> Result<ExitCode> {
     let logs = root.join("target/x");
     let work = logs.join(format!("vm-{}", std::process::id()));
     fs::create_dir_all(&work).with_context(|| format!("make {}", work.display()))?;
-    let ended = boot(root, &options, &kernel, &work, &logs.join("vm-console.log"));
+    let ended = boot(&options, &kernel, &work, &logs.join("vm-console.log"));
     // Best effort: it holds nothing that anybody needs.
     let _ = fs::remove_dir_all(&work);
     ended
@@ -102,13 +102,13 @@ impl Kernel {
     }
 }
 
-fn boot(root: &Path, options: &Options, kernel: &Kernel, work: &Path, console: &Path) -> Result<ExitCode> {
+fn boot(options: &Options, kernel: &Kernel, work: &Path, console: &Path) -> Result<ExitCode> {
     let initramfs = work.join("initramfs");
     fs::write(&initramfs, first_root(kernel)?).with_context(|| format!("write {}", initramfs.display()))?;
     // What the machine reads and writes here.
     let shared = work.join("shared");
     fs::create_dir_all(&shared)?;
-    fs::write(shared.join("command"), script(root, &options.command)?)?;
+    fs::write(shared.join("command"), script(&options.command)?)?;
     let mut qemu = Command::new("timeout");
     qemu.args(["--foreground", "--kill-after=5", &options.seconds.to_string(), "qemu-system-x86_64"]);
     qemu.args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-machine", "pc", "-cpu", "max"]);
@@ -135,7 +135,7 @@ fn boot(root: &Path, options: &Options, kernel: &Kernel, work: &Path, console: &
 }
 
 /// What the machine runs in its root: the command, in this folder, with what the environment says of ours.
-fn script(root: &Path, command: &[String]) -> Result<String> {
+fn script(command: &[String]) -> Result<String> {
     let here = std::env::current_dir().context("the current folder")?;
     let mut text = String::new();
     for (name, value) in std::env::vars() {
@@ -143,7 +143,7 @@ fn script(root: &Path, command: &[String]) -> Result<String> {
             text += &format!("export {name}={}\n", quoted(&value));
         }
     }
-    text += &format!("export HOME=/root RVS_VM=1 RVS_IPVSADM={}\n", quoted(&shown(&root.join(".tools/vm/ipvsadm"))));
+    text += "export HOME=/root RVS_VM=1\n";
     let words: Vec<String> = command.iter().map(|w| quoted(w)).collect();
     text += "stty -F /dev/ttyS1 raw -echo\n";
     text += &format!("(cd {} && {}) >/dev/ttyS1 2>&1 </dev/null\n", quoted(&shown(&here)), words.join(" "));
