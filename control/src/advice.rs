@@ -23,9 +23,6 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         Reason::FragmentTiny | Reason::FragmentOverlap | Reason::FragmentConflict => {
             "look for whoever makes such fragments; nobody honest does"
         }
-        Reason::FragmentLent => {
-            "have the sender use packets that need not be fragmented, or another method than full NAT"
-        }
         Reason::FragmentSctp => {
             "give the real server the virtual port, or have the sender use packets that need not be fragmented"
         }

@@ -41,7 +41,7 @@ enum Term {
     Protocol(u8),
     Family(u8),
     /// A bit for each.
-    Reason(u64),
+    Reason(u128),
     Service(ServiceId),
     /// Port 0: any.
     Dest(IpAddr, u16),
@@ -105,10 +105,15 @@ impl Filter {
 
     /// What the data plane looks at: where it says no, the filter does. Without its time.
     pub fn first_look(&self) -> Trace {
-        let mut look = Trace { reasons: self.0.reasons(), ..Trace::default() };
+        let mut look = Trace { reasons: halves(self.0.reasons()), ..Trace::default() };
         self.0.narrow(&mut look);
         look
     }
+}
+
+/// As the map has them.
+fn halves(bits: u128) -> [u64; 2] {
+    [bits as u64, (bits >> 64) as u64]
 }
 
 impl Expr {
@@ -123,16 +128,16 @@ impl Expr {
     }
 
     /// Those for which it may hold.
-    fn reasons(&self) -> u64 {
+    fn reasons(&self) -> u128 {
         match self {
             Expr::Is(Term::Reason(bits)) => *bits,
             Expr::Not(a) => match **a {
                 Expr::Is(Term::Reason(bits)) => !bits,
-                _ => u64::MAX,
+                _ => u128::MAX,
             },
             Expr::And(a, b) => a.reasons() & b.reasons(),
             Expr::Or(a, b) => a.reasons() | b.reasons(),
-            Expr::All | Expr::Is(_) => u64::MAX,
+            Expr::All | Expr::Is(_) => u128::MAX,
         }
     }
 

@@ -494,17 +494,18 @@ pub const REPLY_HOPS_MAX: u32 = 256;
 /// Words of a row of SIDE4 and of SIDE6.
 pub const SIDE4_WORDS: usize = 4;
 pub const SIDE6_WORDS: usize = 8;
-/// Datagrams in fragments at a time: 256 KiB of notes.
+/// Datagrams in fragments at a time: 320 KiB of notes.
 pub const FRAGMENTS_MAX: u32 = 4096;
 /// Words of a note: see [`crate::frag`].
 pub mod fragment {
-    pub const WORDS: usize = 8;
+    pub const WORDS: usize = 10;
     pub const CONTROL: u32 = 0;
     /// Four words.
     pub const ADDRESSES: u32 = 1;
     pub const REST: u32 = 5;
-    /// The virtual address of replies, two words.
-    pub const ADDRESS: u32 = 6;
+    /// Addresses that later fragments get, two words each; 0: it stays, or the dest says.
+    pub const SOURCE: u32 = 6;
+    pub const DESTINATION: u32 = 8;
 }
 /// Room for the programs' own structures.
 pub const SCRATCH_WORDS: usize = 64;
@@ -513,8 +514,8 @@ pub const SCRATCH_WORDS: usize = 64;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Trace {
-    /// A bit for each [`crate::verdict::Reason`].
-    pub reasons: u64,
+    /// A bit for each [`crate::verdict::Reason`], the low ones first.
+    pub reasons: [u64; 2],
     /// Source or destination, of `family`, under the mask; a mask of 0: any.
     pub address: [u8; 16],
     pub mask: [u8; 16],
@@ -576,7 +577,7 @@ const _: () = {
     assert!(size_of::<Stats>() == 40);
     assert!(size_of::<CpuStats>() == 64);
     assert!(size_of::<Hop>() == 16);
-    assert!(size_of::<Trace>() == 8 + 32 + 4 + 4);
+    assert!(size_of::<Trace>() == 16 + 32 + 4 + 4);
     assert!(size_of::<Traced>() == 32);
     assert!(size_of::<TraceRoom>() == 8 + 32 + TRACE_BYTES);
 };

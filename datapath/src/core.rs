@@ -336,15 +336,17 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
         // (A real server that is this host has none.)
         Some(hop) if hop.ifindex != 0 && flow.ttl > 1 => {
             t.count_in(index, flow.len);
+            // The cheapest first: what they cost is what most packets cost.
             match flags & dest::METHOD {
-                dest::TUNNEL => return Verdict::go(Stage::Tunnel, index),
+                dest::ROUTE | dest::LOCAL_NODE => rewrite(p, flow, d, false, hop),
+                dest::MASQ => rewrite(p, flow, d, true, hop),
+                dest::TUNNEL => Verdict::go(Stage::Tunnel, index),
                 dest::FULLNAT => {
                     t.keep(flow);
-                    return Verdict::go(Stage::Fullnat, hit.slot::<I>());
+                    Verdict::go(Stage::Fullnat, hit.slot::<I>())
                 }
-                _ => {}
+                _ => drop(Reason::Internal),
             }
-            rewrite(p, flow, d, flags & dest::METHOD == dest::MASQ, hop)
         }
         _ => {
             cold_path();
@@ -532,7 +534,8 @@ fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, ind
     }
     if d.lends() {
         if flow.part.is_later() {
-            return drop(Reason::FragmentLent);
+            // (The first one went another way: the method was changed.)
+            return drop(Reason::Entering);
         }
         t.keep(flow);
         return match ct::lookup::<I, _>(I::conns(t).table(), &flow.key) {
@@ -721,7 +724,7 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
             return None;
         }
         t.count_out(note.dest, flow.len);
-        let from = I::from_pair(note.virtual_address);
+        let from = I::from_pair(note.source);
         let done = xmit::translate_any::<I, _>(p, &flow, End::Source, from, 0, false);
         return Some(if done { Verdict::new(Action::Up, Reason::MasqReply) } else { drop(Reason::Internal) });
     }
@@ -731,8 +734,8 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     }
     let reply = conn::follow::<I, _>(c, &flow.key, &reverse)?;
     if flow.part.is_first()
-        && let from = (reply.virtual_address, reply.virtual_port)
-        && let Some(reason) = fragments::note(t, &flow, conn::dest(reply.forward.control), Some(from))
+        && let note = fragments::reply_note::<I>(conn::dest(reply.forward.control), reply.virtual_address, None)
+        && let Some(reason) = fragments::note(t, &flow, note, reply.virtual_port)
     {
         return Some(drop(reason));
     }

@@ -3,7 +3,7 @@
 //! A note is for one datagram: its addresses, its id and protocol (RFC 791 3.2, RFC 8200 4.5), so direction is part of it. Notes lie in a
 //! table of fixed size, four to a bucket, where the oldest goes first, and hold as long as the kernel would wait for the rest of a
 //! datagram. Writers claim a place by compare-and-swap of its control word, and publish by it; readers take what they read if the control word is the
-//! same before and after. (The same word with another key in between has the same dest, and so the same virtual address.)
+//! same before and after. (The same word with another key in between is of the same second, dest and length: one in a very great many.)
 //!
 //! What can't be told apart is not sent anywhere: an id used again for another way while a note holds turns that into a note of a conflict.
 //! Fragments that reach into the first one, which says where they go to, are dropped.
@@ -82,11 +82,14 @@ impl Key {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Note {
-    pub virtual_address: [u64; 2],
+    /// The source that it gets (a reply's: the virtual address; by FULLNAT: a local one). 0: its own.
+    pub source: [u64; 2],
+    /// The destination that it gets (a reply's, by FULLNAT: the client's). 0: its own, or what the dest says.
+    pub destination: [u64; 2],
     pub dest: u32,
     /// End of the first fragment, in units of eight bytes.
     pub end: u16,
-    /// A reply (NAT), from the virtual address.
+    /// A reply (NAT, FULLNAT), from the virtual address.
     pub reply: bool,
 }
 
@@ -108,6 +111,16 @@ fn word(note: &Note, now_s: u32) -> u64 {
 #[inline(always)]
 fn age_s(control: u64, now_s: u32) -> u32 {
     now_s.wrapping_sub((control >> TIME) as u32) & 0xff_ffff
+}
+
+#[inline(always)]
+fn pair<T: Tables>(t: &T, place: u32, word: u32) -> [u64; 2] {
+    [t.fragment(place, word), t.fragment(place, word + 1)]
+}
+#[inline(always)]
+fn set_pair<T: Tables>(t: &T, place: u32, word: u32, pair: &[u64; 2]) {
+    t.set_fragment(place, word, pair[0]);
+    t.set_fragment(place, word + 1, pair[1]);
 }
 
 /// The first place of its bucket.
@@ -157,7 +170,7 @@ pub fn find<T: Tables>(t: &T, key: &Key, now_s: u32) -> Found {
         let place = first + i;
         i += 1;
         let Some(control) = is_at(t, place, key, now_s) else { continue };
-        let virtual_address = [t.fragment(place, fragment::ADDRESS), t.fragment(place, fragment::ADDRESS + 1)];
+        let (source, destination) = (pair(t, place, fragment::SOURCE), pair(t, place, fragment::DESTINATION));
         if t.fragment(place, fragment::CONTROL) != control {
             continue;
         }
@@ -167,7 +180,8 @@ pub fn find<T: Tables>(t: &T, key: &Key, now_s: u32) -> Found {
         return Found::Note(Note {
             dest: (control & DEST) as u32,
             reply: control & REPLY != 0,
-            virtual_address,
+            source,
+            destination,
             end: (control >> END) as u16 & 0x1fff,
         });
     }
@@ -185,7 +199,9 @@ pub fn leave<T: Tables>(t: &T, key: &Key, note: &Note, now_s: u32) -> bool {
         i += 1;
         if let Some(control) = is_at(t, place, key, now_s) {
             // The same again, as networks do, or another one.
-            let same = (control ^ new) << (64 - TIME) == 0;
+            let same = (control ^ new) << (64 - TIME) == 0
+                && pair(t, place, fragment::SOURCE) == note.source
+                && pair(t, place, fragment::DESTINATION) == note.destination;
             let word = if same { new } else { new | CONFLICT };
             return t.swap_fragment(place, control, word) && same;
         }
@@ -204,8 +220,8 @@ pub fn leave<T: Tables>(t: &T, key: &Key, note: &Note, now_s: u32) -> bool {
             i += 1;
         }
         t.set_fragment(victim, fragment::REST, key.rest);
-        t.set_fragment(victim, fragment::ADDRESS, note.virtual_address[0]);
-        t.set_fragment(victim, fragment::ADDRESS + 1, note.virtual_address[1]);
+        set_pair(t, victim, fragment::SOURCE, &note.source);
+        set_pair(t, victim, fragment::DESTINATION, &note.destination);
         t.set_fragment(victim, fragment::CONTROL, new);
     }
     true

@@ -243,7 +243,13 @@ fn tell<I: Of<T>, P: Packet, T: Tables>(
 ) -> Option<(Delta, Delta)> {
     let n = told_length::<I>();
     let room = if d.mtu == 0 { 1500 } else { u32::from(d.mtu) };
-    if header + n as u32 > 60 || flow.len + n as u32 > room || !t.sized() || !p.open_gap(I::L4 + 20, 0, n) {
+    // (Behind a first fragment come others that say where in the datagram they belong.)
+    if !flow.part.is_whole()
+        || header + n as u32 > 60
+        || flow.len + n as u32 > room
+        || !t.sized()
+        || !p.open_gap(I::L4 + 20, 0, n)
+    {
         return None;
     }
     let mut w = p.window(I::L4 + 20 + n)?;

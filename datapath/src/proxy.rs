@@ -100,7 +100,8 @@ pub fn announce<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>
         place(sequence.wrapping_sub(side.first), flow.flags, empty, side.has_of_header(n as u32), n as u32)
     };
     let room = if d.mtu == 0 { 1500 } else { u32::from(d.mtu) };
-    let fits = flow.len + n as u32 <= room;
+    // (Behind a first fragment come others that say where in the datagram they belong.)
+    let fits = flow.part.is_whole() && flow.len + n as u32 <= room;
     let mut number = slot | INTRODUCED;
     let (mut by, mut longer, mut delta, mut len) = (placed.by, Delta::default(), Delta::default(), flow.len);
     if placed.header {

@@ -11,10 +11,16 @@ pub type Head = [u8; HEAD];
 /// Up to the ports of an IPv6 packet.
 pub const HEAD: usize = V6::L4 + 4;
 
+#[inline(always)]
+fn asked_for(f: &Trace, counter: u32) -> bool {
+    let half = if counter & 64 == 0 { f.reasons[0] } else { f.reasons[1] };
+    half >> (counter & 63) & 1 != 0
+}
+
 /// Is a packet that begins with these bytes, and met this verdict, to be told of?
 #[inline(always)]
 pub fn matches(f: &Trace, now_s: u32, head: &Head, verdict: Verdict) -> bool {
-    if f.until_s <= now_s || f.reasons >> verdict.counter() & 1 == 0 {
+    if f.until_s <= now_s || !asked_for(f, verdict.counter()) {
         return false;
     }
     if f.family == 0 && f.protocol == 0 && f.port == 0 {
@@ -62,7 +68,7 @@ mod tests {
     use crate::verdict::{Reason, drop, pass};
 
     const ANY: Trace =
-        Trace { reasons: u64::MAX, address: [0; 16], mask: [0; 16], port: 0, protocol: 0, family: 0, until_s: 10 };
+        Trace { reasons: [u64::MAX; 2], address: [0; 16], mask: [0; 16], port: 0, protocol: 0, family: 0, until_s: 10 };
 
     /// 192.0.2.7:1000 to 198.51.100.100:80, TCP.
     fn v4() -> Head {
@@ -101,8 +107,8 @@ mod tests {
         let no = |f: Trace, head: &Head| assert!(!matches(&f, 9, head, verdict), "{f:?}");
         for head in [&four, &six] {
             yes(ANY, head);
-            yes(Trace { reasons: 1 << Reason::NoRoute as u64, ..ANY }, head);
-            no(Trace { reasons: !(1 << Reason::NoRoute as u64), ..ANY }, head);
+            yes(Trace { reasons: [1 << Reason::NoRoute as u64, 0], ..ANY }, head);
+            no(Trace { reasons: [!(1 << Reason::NoRoute as u64), u64::MAX], ..ANY }, head);
             no(Trace { until_s: 9, ..ANY }, head);
         }
         yes(Trace { family: 4, ..ANY }, &four);

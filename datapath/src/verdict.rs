@@ -266,7 +266,6 @@ reasons! {
     Malformed "malformed" Drop "IP version, header length or total length are wrong";
     FragmentTiny "fragment_tiny" Drop "a first fragment without the whole of the TCP, UDP or SCTP header";
     FragmentOverlap "fragment_overlap" Drop "a fragment that reaches into the first one";
-    FragmentLent "fragment_fullnat" Drop "a fragment by full NAT that is not the first of its datagram: only first ones are translated";
     FragmentSctp "fragment_sctp" Drop "a fragment of SCTP by NAT to another port: its checksum is over the whole datagram";
     FragmentConflict "fragment_conflict" Drop "a fragment of two datagrams with the same id that go different ways";
     Extensions "extension_headers" Drop "IPv6 extension headers that end behind the packet's end";

@@ -108,11 +108,29 @@ pub fn translate_any<I: Ip, P: Packet>(
     if !flow.part.is_later() {
         return translate::<I, P>(p, flow, end, address, port, forward);
     }
-    let at = if end == End::Source { I::SOURCE } else { I::DESTINATION };
+    match end {
+        End::Source => readdress_later::<I, P>(p, Some(address), None, forward),
+        End::Destination => readdress_later::<I, P>(p, None, Some(address), forward),
+    }
+}
+
+/// Put addresses in the place of those of a fragment that is not the first one; `None`: it stays. `forward` as in [`translate`].
+#[inline(always)]
+pub fn readdress_later<I: Ip, P: Packet>(
+    p: &mut P,
+    source: Option<I::Addr>,
+    destination: Option<I::Addr>,
+    forward: bool,
+) -> bool {
     let delta = {
         let Some(mut w) = p.window(I::L4) else { return false };
-        let delta = I::delta(I::address(&w, at), address);
-        I::set_address(&mut w, at, address);
+        let mut delta = Delta::default();
+        for (at, address) in [(I::SOURCE, source), (I::DESTINATION, destination)] {
+            if let Some(address) = address {
+                delta = delta.and(I::delta(I::address(&w, at), address));
+                I::set_address(&mut w, at, address);
+            }
+        }
         if forward {
             I::forward_header(&mut w, delta);
         } else {

@@ -86,14 +86,14 @@ fn what_is_wrong_is_named() {
 #[test]
 fn the_data_plane_looks_at_what_is_cheap() {
     let look = |text| Filter::parse(text).unwrap().first_look();
-    let all = Trace { reasons: u64::MAX, ..Trace::default() };
+    let all = Trace { reasons: [u64::MAX; 2], ..Trace::default() };
     assert_eq!(look(""), all);
     assert_eq!(look("tcp port 80"), Trace { protocol: 6, port: 80, ..all });
     let net = look("net 10.0.0.0/8 and reason dr");
-    assert_eq!((net.reasons, net.family, net.address[0], net.mask[..2].to_vec()), (1, 4, 10, vec![255, 0]));
+    assert_eq!((net.reasons, net.family, net.address[0], net.mask[..2].to_vec()), ([1, 0], 4, 10, vec![255, 0]));
     assert_eq!(look("host 10.0.0.1 or port 80"), all);
     assert_eq!(look("service tcp:198.51.100.100:80"), Trace { protocol: 6, family: 4, ..all });
-    assert_eq!(look("not reason dr").reasons, !1);
+    assert_eq!(look("not reason dr").reasons, [!1, u64::MAX]);
 }
 
 fn term() -> impl Strategy<Value = String> {

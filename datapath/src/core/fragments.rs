@@ -1,14 +1,14 @@
 //! The way of fragments: see [`crate::frag`].
 
 use super::{forward, is_nat, server, starts_anew};
-use crate::abi::Hop;
-use crate::conn::{self, Conns};
+use crate::abi::{Dest, Hop, dest};
+use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found};
 use crate::frag::{self, Note};
 use crate::packet::{Flow, Ip, Packet};
 use crate::tables::{Of, Route, Tables};
 use crate::verdict::{Reason, Stage, Verdict, drop, pass};
-use crate::xmit::{self, End};
+use crate::xmit;
 
 /// Of which datagram this fragment is.
 #[inline(always)]
@@ -21,23 +21,18 @@ pub(super) fn datagram<I: Ip>(flow: &Flow<I>) -> frag::Key {
 pub(super) fn first_fragment<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     let c = I::conns(t);
     let refused = match ct::lookup::<I, _>(c.table(), &flow.key) {
-        // By full NAT: what follows is not translated yet, and is told apart by its note.
-        Found::Live(hit) if conn::fullnat::is_lent::<I, _>(c, hit.control) && hit.control & ct::REVERSE != 0 => {
-            match conn::fullnat::follow::<I, _>(c, &flow.key, &hit) {
-                Some((reply, _)) => note(t, flow, conn::dest(reply.forward.control), None),
-                None => None,
-            }
-        }
+        Found::Live(hit) if conn::fullnat::is_lent::<I, _>(c, hit.control) => lent(t, c, flow, &hit),
         Found::Live(hit) if hit.control & ct::REVERSE != 0 => match conn::follow::<I, _>(c, &flow.key, &hit) {
             Some(reply) => {
-                let from = (reply.virtual_address, reply.virtual_port);
-                note(t, flow, conn::dest(reply.forward.control), Some(from))
+                let dest = conn::dest(reply.forward.control);
+                note(t, flow, reply_note::<I>(dest, reply.virtual_address, None), reply.virtual_port)
             }
             None => None,
         },
         // What is over begins anew, perhaps with another dest.
         Found::Live(hit) if starts_anew(c, flow, hit.control) => None,
-        Found::Live(hit) => note(t, flow, conn::dest(hit.control), None),
+        Found::Live(hit) => note_request(t, flow, conn::dest(hit.control), None),
+        // If it begins a connection it comes here once more.
         _ => None,
     };
     match refused {
@@ -46,34 +41,56 @@ pub(super) fn first_fragment<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verd
     }
 }
 
-/// A first fragment leaves word for those after it; of a reply (NAT) by the virtual address and port that it is from. `Some`: why the datagram goes
-/// nowhere.
+/// ... by FULLNAT, there and back.
 #[inline(always)]
-pub(super) fn note<I: Of<T>, T: Tables>(
+fn lent<'a, I: Of<T>, T: Tables>(
     t: &T,
+    c: &'a I::Conns,
     flow: &Flow<I>,
-    dest: u32,
-    reply_from: Option<(I::Addr, u16)>,
+    hit: &HitOf<'a, I, I::Conns>,
 ) -> Option<Reason> {
-    if flow.sctp && changes_port(t, flow, dest, reply_from) {
+    if hit.control & ct::REVERSE != 0 {
+        let (reply, _) = conn::fullnat::follow::<I, _>(c, &flow.key, hit)?;
+        let dest = conn::dest(reply.forward.control);
+        return note(t, flow, reply_note::<I>(dest, reply.virtual_address, Some(reply.client)), reply.virtual_port);
+    }
+    if starts_anew(c, flow, hit.control) {
+        return None;
+    }
+    let side = conn::fullnat::side::<I, _>(c, hit.slot::<I>(), &flow.key)?;
+    note_request(t, flow, conn::dest(hit.control), Some(side.address))
+}
+
+/// The note of a reply, from the virtual address; by FULLNAT to the client.
+#[inline(always)]
+pub(super) fn reply_note<I: Ip>(dest: u32, from: I::Addr, to: Option<I::Addr>) -> Note {
+    let (source, destination) = (I::pair(Some(from)), I::pair(to));
+    Note { source, destination, dest, end: 0, reply: true }
+}
+
+/// Leave the note of a client's datagram; `source`: the local address, by FULLNAT.
+#[inline(always)]
+fn note_request<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32, source: Option<I::Addr>) -> Option<Reason> {
+    let port = match t.dest(dest) {
+        Some(d) if d.lends() || is_nat(d) => server(flow, d).1,
+        _ => flow.key.dport(),
+    };
+    note(t, flow, Note { source: I::pair(source), destination: [0; 2], dest, end: 0, reply: false }, port)
+}
+
+/// A first fragment leaves word for those after it. `port`: the one that it leaves with, in the place of the virtual server's. `Some`: why the
+/// datagram goes nowhere.
+#[inline(always)]
+pub(super) fn note<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, note: Note, port: u16) -> Option<Reason> {
+    let own = if note.reply { flow.key.sport() } else { flow.key.dport() };
+    let lent = if note.reply { note.destination } else { note.source };
+    if flow.sctp && (port != own || lent != [0; 2]) {
         // How long the whole is, which its checksum is about, is not known yet.
         return Some(Reason::FragmentSctp);
     }
-    let address = reply_from.map(|(address, _)| address);
-    let end = flow.transport_len() / 8;
-    let note = Note { dest, reply: address.is_some(), virtual_address: I::pair(address), end: end as u16 };
+    let note = Note { end: (flow.transport_len() / 8) as u16, ..note };
     // Or they could not be told from another datagram's.
     (!t.leave_note(&datagram(flow), &note)).then_some(Reason::FragmentConflict)
-}
-
-/// Does the flow's packet leave with another port?
-#[inline(always)]
-fn changes_port<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32, reply_from: Option<(I::Addr, u16)>) -> bool {
-    match (reply_from, t.dest(dest)) {
-        (Some((_, port)), _) => port != flow.key.sport(),
-        (None, Some(d)) => d.lends() || is_nat(d) && server(flow, d).1 != flow.key.dport(),
-        (None, None) => false,
-    }
 }
 
 /// A fragment that is not the first one: after that.
@@ -84,22 +101,54 @@ pub(super) fn later<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flo
         frag::Found::Conflict => drop(Reason::FragmentConflict),
         frag::Found::Note(note) if flow.part.at() < note.end => drop(Reason::FragmentOverlap),
         frag::Found::Note(note) if note.reply => later_reply(p, t, flow, &note),
+        frag::Found::Note(note) if note.source != [0; 2] => later_lent(p, t, flow, &note),
         frag::Found::Note(note) => forward(p, t, flow, note.dest),
     }
 }
 
-/// ... of a real server's reply (NAT).
+/// ... of a client's datagram by FULLNAT.
+#[inline(always)]
+fn later_lent<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, note: &Note) -> Verdict {
+    let Some(d) = t.dest(note.dest) else { return drop(Reason::Internal) };
+    if d.out as u32 & dest::AVAILABLE == 0 {
+        return drop(Reason::DestGone);
+    }
+    t.count_in(note.dest, flow.len);
+    if flow.ttl <= 1 {
+        return drop(Reason::TtlLimited);
+    }
+    let (source, to) = (I::from_pair(note.source), I::from_address(&d.address));
+    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
+    let route = match hop.ifindex {
+        0 => t.route::<I>([source, to], flow.protocol(), flow.len, &mut hop),
+        _ => Route::Hop,
+    };
+    let resolve = route == Route::NoNeighbour && t.resolves();
+    if route != Route::Hop && !resolve {
+        return drop(if route == Route::NoNeighbour { Reason::NoNeighbour } else { Reason::NoRoute });
+    }
+    if !xmit::readdress_later::<I, P>(p, Some(source), Some(to), true) {
+        return drop(Reason::Internal);
+    }
+    xmit::leave(p, route, resolve, &hop, if d.lends_own() { Reason::Masq } else { Reason::Fullnat })
+}
+
+/// ... of a real server's reply (NAT, FULLNAT).
 #[inline(always)]
 fn later_reply<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, note: &Note) -> Verdict {
     if flow.ttl <= 1 {
         return pass(Reason::ReplyTtl);
     }
     t.count_out(note.dest, flow.len);
-    let (from, mut hop) = (I::from_pair(note.virtual_address), Hop::default());
-    let route = t.route::<I>([from, flow.destination()], flow.protocol(), flow.len, &mut hop);
+    let lent = note.destination != [0; 2];
+    let from = I::from_pair(note.source);
+    let to = if lent { I::from_pair(note.destination) } else { flow.destination() };
+    let mut hop = Hop::default();
+    let route = t.route::<I>([from, to], flow.protocol(), flow.len, &mut hop);
     let resolve = route == Route::NoNeighbour && t.resolves();
-    if !xmit::translate_any::<I, P>(p, flow, End::Source, from, 0, route == Route::Hop || resolve) {
+    if !xmit::readdress_later::<I, P>(p, Some(from), Some(to), route == Route::Hop || resolve) {
         return drop(Reason::Internal);
     }
-    xmit::leave(p, route, resolve, &hop, Reason::MasqReply)
+    let own = !lent || t.dest(note.dest).is_some_and(Dest::lends_own);
+    xmit::leave(p, route, resolve, &hop, if own { Reason::MasqReply } else { Reason::FullnatReply })
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rvs_lab::layouts::{Layout, Options};
 use rvs_lab::{Hook, Lab, NodeHandle, eventually};
 
-use crate::support::{SOON, Test, TestResult, at, check, director, lab_for, on_hooks, vip};
+use crate::support::{SOON, Test, TestResult, at, check, director, lab_for, on_hooks, serve, vip};
 
 pub fn tests() -> Vec<Test> {
     on_hooks("large_datagrams", &[Hook::Xdp, Hook::Skb, Hook::Tc], large_datagrams)
@@ -24,24 +24,22 @@ fn large_datagrams(hook: Hook) -> TestResult {
     let lab = lab_for(hook, layout, Options { servers: 1, ..Options::default() })?;
     let rvs = director(&lab, layout.director_interfaces(), hook)?;
     for ipv6 in [false, true] {
-        for (method, verdict) in [("-m", "nat"), ("-g", "dr")] {
+        for (method, verdict, reply) in
+            [("-m", "nat", "nat_reply"), ("-g", "dr", "dr"), ("--fullnat", "fullnat", "fullnat_reply")]
+        {
             let service = vip(&lab, ipv6, 5300)?;
-            let nat = method == "-m";
             // By direct routing the server has the virtual address.
-            let listens = if nat { at(&lab, "rs1", ipv6, 5301)? } else { service };
-            rvs.ipvsadm(&format!("-A -u {service} -s rr"))?;
-            let dest = at(&lab, "rs1", ipv6, listens.port())?;
-            rvs.ipvsadm(&format!("-a -u {service} -r {dest} {method}"))?;
+            let listens = if method == "-g" { service } else { at(&lab, "rs1", ipv6, 5301)? };
+            serve(&lab, &rvs, "-u", service, method, listens.port())?;
             let before = rvs.verdicts()?;
             echoes(&lab, listens, service)?;
             let since = rvs.verdicts()?.since(&before);
             // While a next hop is not ready yet the kernel forwards what is translated (NAT).
             let by_kernel = since.of("nat_by_kernel");
             let least = (u64::from(DATAGRAMS) * FRAGMENTS).saturating_sub(by_kernel);
-            check(
-                by_kernel <= 2 * FRAGMENTS && since.of(verdict) >= least && (!nat || since.of("nat_reply") >= least),
-                || format!("{method} {service}: {DATAGRAMS} datagrams, and {since}"),
-            )?;
+            check(by_kernel <= 2 * FRAGMENTS && since.of(verdict) >= least && since.of(reply) >= least, || {
+                format!("{method} {service}: {DATAGRAMS} datagrams, and {since}")
+            })?;
             rvs.ipvsadm(&format!("-D -u {service}"))?;
         }
         // The kernel puts together, and answers.

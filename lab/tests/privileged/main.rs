@@ -5,9 +5,11 @@
 
 mod bad_input;
 mod defence;
+mod flooded;
 mod fragments;
 mod layouts;
 mod operations;
+mod paths;
 mod plain;
 mod proxied;
 mod restart;
@@ -32,8 +34,10 @@ fn main() {
         layouts::tests(),
         restart::tests(),
         transfers::tests(),
+        paths::tests(),
         operations::tests(),
         traffic::tests(),
+        flooded::tests(),
         fragments::tests(),
         sctp::tests(),
         bad_input::tests(),

@@ -135,7 +135,7 @@ impl Stage {
         let stats = Table::new(fd.as_fd(), name, *len)?;
         let (name, len, fd) = table(map::TRACE)?;
         // It tells of its packets as `rvs trace` is told: the verdict is in there.
-        let all = Trace { reasons: u64::MAX, until_s: u32::MAX, ..Trace::default() };
+        let all = Trace { reasons: [u64::MAX; 2], until_s: u32::MAX, ..Trace::default() };
         Table::new(fd.as_fd(), name, *len)?.set(0, all)?;
         let _maps = maps.into_iter().map(|(_, _, fd)| fd).collect();
         Ok(Rehearsal { ebpf, ring, copies, ifaces, stats, _maps })

@@ -212,7 +212,7 @@ fn any_packet_is_rehearsed_as_it_is_played(hook: Hook) {
         let (world, mut now_s) = (world(&mut r), START_S);
         engine.load(&world.layout());
         let maps = &engine.kernel.dataplane.maps;
-        let all = Trace { reasons: u64::MAX, until_s: u32::MAX, ..Trace::default() };
+        let all = Trace { reasons: [u64::MAX; 2], until_s: u32::MAX, ..Trace::default() };
         maps.trace.set(0, all).expect("tracing");
         for number in [LAN, BACK] {
             let there = maps.ifaces.get(number).expect("an interface");

@@ -14,6 +14,8 @@ const BASE: u64 = 0x1000;
 const STACK: u64 = 4096;
 /// A map that is reached by lookups has no memory here: its number is this and more.
 const LOOKED_UP: u64 = 1 << 40;
+/// So has a function whose address is taken: section and byte are in its number, below this.
+const FUNCTION: u64 = 1 << 60;
 const FP: usize = 10;
 
 /// What a program ran into.
@@ -113,7 +115,9 @@ impl Machine {
                 if op == 0x85 {
                     self.calls.insert(place, (section.0, at as usize));
                 } else {
-                    self.constants.insert(place, LOOKED_UP / 2);
+                    // (Here it is in bytes.)
+                    let at = symbol.address() + immediate as u64;
+                    self.constants.insert(place, FUNCTION | (section.0 as u64) << 32 | at);
                 }
             }
             Some(section) => {
@@ -174,6 +178,11 @@ impl Machine {
         let at = *self.maps.get(map).with_context(|| format!("no map {map}"))?;
         self.write(at + u64::from(index) * value.len() as u64, value)
     }
+    /// The first bytes of a map.
+    pub fn get(&self, map: &str, bytes: usize) -> Result<Vec<u8>> {
+        let at = *self.maps.get(map).with_context(|| format!("no map {map}"))?;
+        self.read(at, bytes)
+    }
     pub fn insert(&mut self, key: &[u8], value: u64) -> Result<()> {
         let at = self.allocate(8);
         self.write(at, &value.to_le_bytes())?;
@@ -202,16 +211,18 @@ impl Machine {
     pub fn run(&mut self, program: &str, context: u64) -> Result<Run> {
         let begin = *self.programs.get(program).with_context(|| format!("no program {program}"))?;
         let memory = self.memory.len();
-        let run = self.execute(begin, context).with_context(|| program.to_owned());
+        let mut run = Run { returned: 0, instructions: 0, atomics: 0 };
+        let done = self.execute(begin, [context, 0], &mut run).with_context(|| program.to_owned());
         // Its stack.
         self.memory.truncate(memory);
-        run
+        run.returned = done?;
+        Ok(run)
     }
 
-    fn execute(&mut self, begin: Place, context: u64) -> Result<Run> {
-        let mut run = Run { returned: 0, instructions: 0, atomics: 0 };
+    /// What it returns, called with two arguments.
+    fn execute(&mut self, begin: Place, arguments: [u64; 2], run: &mut Run) -> Result<u64> {
         let mut r = [0u64; 11];
-        r[1] = context;
+        r[1..3].copy_from_slice(&arguments);
         r[FP] = self.allocate(STACK as usize) + STACK;
         let mut frames: Vec<(Place, [u64; 5])> = Vec::new();
         let mut place = begin;
@@ -254,10 +265,7 @@ impl Machine {
                         next = back;
                         r[6..].copy_from_slice(&saved);
                     }
-                    None => {
-                        run.returned = r[0];
-                        return Ok(run);
-                    }
+                    None => return Ok(r[0]),
                 },
                 (_, 0x85) if src == 1 => {
                     frames.push((next, [r[6], r[7], r[8], r[9], r[10]]));
@@ -270,6 +278,19 @@ impl Machine {
                     let name = *programs.get(r[3] as usize).context("a tail call to no program")?;
                     next = *self.programs.get(name).with_context(|| format!("no program {name}"))?;
                     r[FP] = self.allocate(512) + 512;
+                }
+                // loop: rounds, function and its argument. It ends when that returns 1.
+                (_, 0x85) if immediate == 181 => {
+                    let body = ((r[2] & !FUNCTION) >> 32) as usize;
+                    let body = (body, r[2] as u32 as usize);
+                    let mut i = 0;
+                    while i < r[1] {
+                        i += 1;
+                        if self.execute(body, [i - 1, r[3]], run)? != 0 {
+                            break;
+                        }
+                    }
+                    r[0] = i;
                 }
                 (_, 0x85) => r[0] = self.help(immediate, &r)?,
                 (_, 0x05) => next = jump(offset),
@@ -312,8 +333,29 @@ impl Machine {
         Ok(match number {
             // map_lookup_elem
             1 => self.keys.get(&self.read(r[2], KEY)?).copied().unwrap_or(0),
+            // get_prandom_u32
+            7 => 0x1234_5678,
             // get_smp_processor_id
             8 => 0,
+            // xdp_adjust_head: the first words of the context are where the packet begins and ends.
+            44 => {
+                let at = self.load(r[1], 4)?.wrapping_add_signed(i64::from(r[2] as i32));
+                self.store(r[1], 4, at)?;
+                0
+            }
+            // xdp_adjust_tail
+            65 => {
+                let end = self.load(r[1] + 4, 4)?.wrapping_add_signed(i64::from(r[2] as i32));
+                self.store(r[1] + 4, 4, end)?;
+                0
+            }
+            // xdp_load_bytes
+            189 => {
+                let from = self.load(r[1], 4)? + r[2];
+                let bytes = self.read(from, r[4] as usize)?;
+                self.write(r[3], &bytes)?;
+                0
+            }
             // redirect
             23 => 4,
             // fib_lookup

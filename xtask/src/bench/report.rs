@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::process::Command;
 
-use super::count::Count;
+use super::count::{Count, RATIOS, ratios};
 use super::rig::{Method, Settings, Version};
 
 /// A line of the tables.
@@ -260,6 +260,12 @@ impl Report {
                 n => format!("{} ({n})", c.instructions),
             };
             let _ = writeln!(out, "| {} | {} | {} |", a.name, shown(a), shown(b));
+        }
+        let _ = writeln!(out, "\nCompared, in instructions:\n\n| | | ratio | at most | |\n|---|---|--:|--:|---|");
+        for (version, n, ratio) in ratios(&self.counts) {
+            let (what, than, limit) = RATIOS[n];
+            let family = version.of("IPv4", "IPv6");
+            let _ = writeln!(out, "| {family} | {what} / {than} | {ratio:.2} | {limit:.1} | {} |", mark(ratio, limit));
         }
         let _ = writeln!(out);
     }

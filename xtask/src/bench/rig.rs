@@ -10,6 +10,7 @@ use rvs_datapath::ct;
 use rvs_datapath::sched::Kind;
 use rvs_sys::bpf::{Dataplane, GATES, Sizes, Table};
 
+pub const DROP: u32 = 1;
 pub const PASS: u32 = 2;
 pub const TX: u32 = 3;
 pub const REDIRECT: u32 = 4;
@@ -18,6 +19,8 @@ pub const REDIRECT: u32 = 4;
 pub enum Method {
     Dr,
     Nat,
+    Tunnel,
+    Fullnat,
 }
 
 /// IP version.
@@ -59,6 +62,19 @@ pub enum Frame {
     NoService,
     OtherMac,
     Icmp,
+    /// A RST of no known connection.
+    Rst,
+    /// A SYN of another client's port.
+    OtherSyn,
+    /// ARP.
+    NotIp,
+    /// IPv4: with an option. IPv6: with an extension header.
+    Extras,
+    /// The header's length, or what it says of the packet's, can't be.
+    Malformed,
+    /// Of a datagram in several: the first, with the whole TCP header, and one after it.
+    FirstFragment,
+    LaterFragment,
 }
 
 /// In which order the flows come.
@@ -124,7 +140,7 @@ pub const DESTS: u32 = 8;
 pub const NOW_S: u32 = 10_000;
 
 /// 2001:db8:: with these last bytes for IPv6.
-fn address(version: Version, last: [u8; 4]) -> [u8; 16] {
+pub fn address(version: Version, last: [u8; 4]) -> [u8; 16] {
     let mut bytes = [0; 16];
     match version {
         Version::V4 => bytes[..4].copy_from_slice(&last),
@@ -337,7 +353,12 @@ pub fn service(version: Version) -> (ServiceKey, Service) {
 pub fn dest(version: Version, method: Method, i: u32) -> Dest {
     let mut last = SERVERS;
     last[3] += i as u8;
-    let (method, port) = if method == Method::Nat { (dest::MASQ, SERVER_PORT) } else { (dest::ROUTE, 0) };
+    let (method, port) = match method {
+        Method::Dr => (dest::ROUTE, 0),
+        Method::Nat => (dest::MASQ, SERVER_PORT),
+        Method::Tunnel => (dest::TUNNEL, 0),
+        Method::Fullnat => (dest::FULLNAT, SERVER_PORT),
+    };
     let flags = method | dest::AVAILABLE | version.of(0, dest::V6);
     Dest { out: u64::from(flags) | 1 << 32, address: address(version, last).into(), port, mtu: 1500, service: 1 }
 }
@@ -354,6 +375,7 @@ pub fn frame(version: Version, frame: Frame) -> Vec<u8> {
     let (from, to, ports) = match frame {
         Frame::Reply => (address(version, SERVERS), client, [SERVER_PORT, CLIENT_PORT]),
         Frame::NoService => (client, vip, [CLIENT_PORT, 81]),
+        Frame::Rst | Frame::OtherSyn => (client, vip, [CLIENT_PORT + 1, VIP_PORT]),
         _ => (client, vip, [CLIENT_PORT, VIP_PORT]),
     };
     let mut f = Vec::from(mac);
@@ -369,10 +391,46 @@ pub fn frame(version: Version, frame: Frame) -> Vec<u8> {
         }
     }
     f.extend(ports.iter().flat_map(|p| p.to_be_bytes()));
-    let flags = if frame == Frame::Syn { 0x02 } else { 0x10 };
+    let flags = match frame {
+        Frame::Syn | Frame::OtherSyn => 0x02,
+        Frame::Rst => 0x04,
+        _ => 0x10,
+    };
     f.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0x56, 0x78, 0, 0]);
+    unusual(&mut f, version, frame);
     f.resize(f.len().next_multiple_of(8).max(60), 0);
     f
+}
+
+/// What is not as in other packets.
+fn unusual(f: &mut Vec<u8>, version: Version, frame: Frame) {
+    let v4 = version == Version::V4;
+    let mut insert = |header: [u8; 8], number: u8| {
+        // IPv6: before the transport header, in whose place its number is.
+        f.splice(54..54, header);
+        (f[20], f[19]) = (number, f[19] + 8);
+    };
+    match frame {
+        Frame::NotIp => f[12..14].copy_from_slice(&[8, 6]),
+        Frame::Malformed => f[14] = if v4 { 0x44 } else { 0x40 },
+        // No operations, and the end.
+        Frame::Extras if v4 => {
+            f.splice(34..34, [1, 1, 1, 0]);
+            (f[14], f[17]) = (0x46, f[17] + 4);
+        }
+        // Destination options: padding.
+        Frame::Extras => insert([6, 0, 1, 4, 0, 0, 0, 0], 60),
+        // More to come, from 0 on; the last, from 1024 on.
+        // (All but the last carry whole words of eight bytes.)
+        Frame::FirstFragment if v4 => (f[17], f[20]) = (f[17] + 4, 0x20),
+        Frame::LaterFragment if v4 => (f[20], f[21]) = (0, 128),
+        Frame::FirstFragment => {
+            insert([6, 0, 0, 1, 0, 0, 0, 1], 44);
+            f[19] += 4;
+        }
+        Frame::LaterFragment => insert([6, 0, 4, 0, 0, 0, 0, 1], 44),
+        _ => {}
+    }
 }
 
 impl Drop for Rig<'_> {
