@@ -12,8 +12,9 @@ mod world;
 use std::cell::RefCell;
 
 use fixtures::{Bpffs, Kernel, carried, director};
+use rvs_datapath::verdict::Reason;
 use rvs_fixtures::any::{part, unpacked};
-use rvs_fixtures::case::{Engine, START_S};
+use rvs_fixtures::case::{Engine, START_S, Sent};
 use rvs_fixtures::native::Native;
 use rvs_sys::bpf::attach::Hook;
 
@@ -55,6 +56,12 @@ impl Engines {
             self.kernel.set_now(now_s);
             let there = self.kernel.send(frame, ifindex);
             let here = self.native.send(frame, ifindex);
+            // By tc the kernel resolves a neighbour that is not known.
+            let resolved =
+                |s: &Sent| self.hook == Hook::Tc && matches!(s.reason, Reason::NoNeighbour | Reason::ByKernel);
+            if here.as_ref().is_some_and(resolved) {
+                continue;
+            }
             assert_eq!(here, there, "natively and in the kernel, for {frame:02x?}");
         }
         assert_eq!(self.native.flows(), self.kernel.flows(), "connections, natively and in the kernel");
