@@ -164,7 +164,7 @@ fn quoted(word: &str) -> String {
 fn first_root(kernel: &Kernel) -> Result<Vec<u8>> {
     const BUSYBOX: &str = "/bin/busybox";
     let mut archive = Archive::default();
-    for folder in ["bin", "dev", "proc", "modules", "lower", "upper", "root"] {
+    for folder in ["bin", "dev", "proc", "modules", "lower", "upper", "new"] {
         archive.folder(folder);
     }
     archive.file("bin/busybox", &fs::read(BUSYBOX).with_context(|| format!("read {BUSYBOX} (busybox-static)"))?);

@@ -9,21 +9,21 @@ off() { echo "$1"; echo o >/proc/sysrq-trigger; while :; do sleep 1; done; }
 from_host='trans=virtio,version=9p2000.L,msize=512000'
 mount -t 9p -o "$from_host,ro,cache=loose" host /lower || off "no root"
 mount -t tmpfs upper /upper && mkdir /upper/upper /upper/work
-mount -t overlay -o lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work root /root || off "no layer over the root"
-mount -t proc proc /root/proc
-mount -t sysfs sys /root/sys
-mount -t devtmpfs dev /root/dev
-mkdir -p /root/dev/pts /root/dev/shm
-mount -t devpts devpts /root/dev/pts
-for folder in dev/shm tmp run; do mount -t tmpfs tmpfs "/root/$folder"; done
-mkdir -p /root/run/lock /root/run/vm /root/run/netns
-mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
-mount -t bpf bpf /root/sys/fs/bpf
-mount -t 9p -o "$from_host,cache=none" shared /root/run/vm || off "no folder to answer in"
+mount -t overlay -o lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work root /new || off "no layer over the root"
+mount -t proc proc /new/proc
+mount -t sysfs sys /new/sys
+mount -t devtmpfs dev /new/dev
+mkdir -p /new/dev/pts /new/dev/shm
+mount -t devpts devpts /new/dev/pts
+for folder in dev/shm tmp run; do mount -t tmpfs tmpfs "/new/$folder"; done
+mkdir -p /new/run/lock /new/run/vm /new/run/netns
+mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
+mount -t bpf bpf /new/sys/fs/bpf
+mount -t 9p -o "$from_host,cache=none" shared /new/run/vm || off "no folder to answer in"
 release=$(uname -r)
-mkdir -p "/root/usr/lib/modules/$release"
-mount -o bind "/root@MODULES@" "/root/usr/lib/modules/$release"
+mkdir -p "/new/usr/lib/modules/$release"
+mount -o bind "/new@MODULES@" "/new/usr/lib/modules/$release"
 ip link set lo up
 hostname rvs-vm
 # The kernel looks for modprobe where this process has its root.
-exec switch_root /root /bin/bash /run/vm/command
+exec switch_root /new /bin/bash /run/vm/command
