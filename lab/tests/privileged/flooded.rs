@@ -1,4 +1,4 @@
-//! A table full of connections that somebody made up, and a thousand that are in use: none of those breaks or stalls.
+//! A table full of connections that somebody made up, and a thousand that are in use: none of those breaks or stalls, and new ones are made.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket};
 use rvs_fixtures::frame::{Frame, TCP, flag};
 use rvs_lab::layouts::{Layout, Options};
+use rvs_lab::load::{self, Load};
 use rvs_lab::{Director, Hook, Lab, eventually};
 
 use crate::support::{Test, TestResult, check, http, lab_for, serve, test, vip};
@@ -31,6 +32,8 @@ const TIMES: u64 = 8;
 /// may be slower without a fault of ours.
 const STALL: Duration = Duration::from_secs(5);
 const PORT: u16 = 9000;
+/// New connections at a time.
+const HONEST: usize = 100;
 /// What the two ends say to each other in turn: a block, and the same back; each flow so often.
 const BLOCK: usize = 1024;
 const PAUSE: Duration = Duration::from_millis(50);
@@ -60,7 +63,7 @@ fn flooded(method: &str) -> TestResult {
         });
         let client =
             scope.spawn(|| -> TestResult<Talked> { lab.node("client")?.enter(|| talk(target, &over, &started))? });
-        let result = under_way(&started, &client).and_then(|()| attack(&lab, &rvs, target));
+        let result = under_way(&started, &client).and_then(|()| attack(&lab, &rvs, target, web));
         over.store(true, Relaxed);
         let talked = client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         for server in servers {
@@ -83,8 +86,9 @@ fn under_way(started: &AtomicUsize, client: &thread::ScopedJoinHandle<'_, TestRe
     Ok(())
 }
 
-/// SYNs of nobody; and handshakes of nobody.
-fn attack(lab: &Lab, rvs: &Director<'_>, target: SocketAddr) -> TestResult {
+/// SYNs of nobody; and handshakes of nobody. Then, the table being full of those, the same while honest connections are made to a service
+/// whose SYNs are answered with cookies, and a flood of such SYNs.
+fn attack(lab: &Lab, rvs: &Director<'_>, target: SocketAddr, web: SocketAddr) -> TestResult {
     for (what, acks) in [("SYNs", false), ("faked handshakes", true)] {
         let sent = AtomicU64::new(0);
         let wanted = TIMES * TABLE * if acks { 2 } else { 1 };
@@ -93,6 +97,22 @@ fn attack(lab: &Lab, rvs: &Director<'_>, target: SocketAddr) -> TestResult {
                 n if n >= wanted => Ok(()),
                 n => Err(format!("{n} of {wanted}")),
             })?;
+            Ok(())
+        })?;
+    }
+    rvs.rvs(&format!("service set tcp {web} --syn-cookies always"))?;
+    for (to, what, acks) in [(target, "faked handshakes", true), (web, "SYNs answered with cookies", false)] {
+        let sent = AtomicU64::new(0);
+        flood_while(lab, rvs, to, acks, what, &sent, || {
+            let mut answered = 0;
+            while sent.load(Relaxed) < 2 * TABLE || answered < 5 * HONEST {
+                // (How long they take is the machine's business: packets are lost where the flood has filled a queue.)
+                let load = Load { timeout: LONG, ..Load::new(web, HONEST) };
+                let report = load::http(lab.node("client")?, &load, &|_| {})?;
+                check(report.failed == 0, || format!("{web}: {report}; {:?}", rvs.verdicts()))?;
+                answered += report.answered();
+            }
+            println!("new connections meanwhile: {answered} answered, none failed");
             Ok(())
         })?;
     }
