@@ -19,7 +19,7 @@ mod xdp;
 
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_PASS, XDP_TX};
 use aya_ebpf::btf_maps::{Array, LruHashMap};
-use aya_ebpf::helpers::bpf_loop;
+use aya_ebpf::helpers::{bpf_loop, bpf_xdp_adjust_head};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
@@ -45,6 +45,10 @@ const BLOCK: usize = 7;
 const COUNTS: usize = 8;
 /// The packet as it was, from here on. (On the stack there is no room for it: the data plane takes nearly all.)
 const SAVED: usize = 16;
+/// Not 0: what a server sees of a flow is kept when its SYN goes by, and replies are to that.
+const LENDS: usize = 30;
+/// Not 0: flows come by Zipf's law, of so many bits.
+const ZIPF: usize = 31;
 
 /// Last 32 bits of the first client's address: 10.0.0.0. Each has 64 ports.
 const CLIENTS: u32 = 0x0a00_0000;
@@ -58,6 +62,10 @@ const ACK: u8 = 16;
 static LRU4: LruHashMap<[u64; 2], [u64; 2], 1024> = LruHashMap::new();
 #[btf_map]
 static LRU6: LruHashMap<[u64; 5], [u64; 2], 1024> = LruHashMap::new();
+/// By flow: the last 32 bits of the server's address and (high half) of the address that it sees, as they lie in the packet; the port that it
+/// sees, likewise.
+#[btf_map]
+static LENT: Array<[u64; 2], 1> = Array::new();
 
 /// Words of the packet that a rewrite may change: Ethernet, IP and TCP header.
 const fn words_of<I: Ip>() -> usize {
@@ -98,7 +106,14 @@ impl Words {
     fn next(self) -> Next {
         let x = self.get(X).wrapping_mul(self.get(MUL)).wrapping_add(self.get(ADD));
         self.set(X, x);
-        Next { flow: x >> (self.get(SHIFT) & 63) & self.get(MASK), flags: None, reply: self.get(SERVERS) != 0 }
+        let mut flow = x >> (self.get(SHIFT) & 63);
+        let bits = self.get(ZIPF) & 63;
+        if bits != 0 {
+            // Of rank 2^n to 2^(n+1) as often for each n; ranks are strewn over the flows.
+            let n = ((x >> 48) * bits >> 16) & 63;
+            flow = (1 << n | flow & ((1 << n) - 1)).wrapping_mul(0x9e37_79b1);
+        }
+        Next { flow: flow & self.get(MASK), flags: None, reply: self.get(SERVERS) != 0 }
     }
     /// Block after block: a SYN of each flow, then four times an ACK of each, then a reply, two more ACKs.
     #[inline(always)]
@@ -116,6 +131,7 @@ fn with_flow<I: Ip>(ctx: &XdpContext, next: impl FnOnce(Words) -> Next, f: impl 
     let (Some(b), Some(p)) = (BENCH.get_ptr_mut(0), packet::<I>(ctx)) else { return XDP_ABORTED };
     let b = Words(b as *mut u64);
     let Next { flow, flags, reply } = next(b);
+    let (lends, len) = (b.get(LENDS) != 0, ctx.data_end() - ctx.data());
     // SAFETY: bytes of the packet, checked above. Volatile: LLVM must not see that bytes put back are the same.
     unsafe {
         let mut i = 0;
@@ -125,7 +141,13 @@ fn with_flow<I: Ip>(ctx: &XdpContext, next: impl FnOnce(Words) -> Next, f: impl 
         }
         let (client, port) = ((CLIENTS + (flow / PORTS) as u32).to_be(), FIRST_PORT | (flow % PORTS) as u16);
         let last = I::DESTINATION - I::SOURCE - 4;
-        if reply {
+        if reply && lends {
+            let Some(lent) = LENT.get(flow as u32) else { return XDP_ABORTED };
+            (p.add(I::SOURCE + last) as *mut u32).write_volatile(lent[0] as u32);
+            (p.add(I::DESTINATION + last) as *mut u32).write_volatile((lent[0] >> 32) as u32);
+            (p.add(I::L4) as *mut u16).write_volatile((b.get(SERVER_PORT) as u16).to_be());
+            (p.add(I::L4 + 2) as *mut u16).write_volatile(lent[1] as u16);
+        } else if reply {
             (p.add(I::SOURCE + last) as *mut u32).write_volatile((b.get(SERVERS) as u32 + (flow & 7) as u32).to_be());
             (p.add(I::DESTINATION + last) as *mut u32).write_volatile(client);
             (p.add(I::L4) as *mut u16).write_volatile((b.get(SERVER_PORT) as u16).to_be());
@@ -138,8 +160,22 @@ fn with_flow<I: Ip>(ctx: &XdpContext, next: impl FnOnce(Words) -> Next, f: impl 
             p.add(I::L4 + 13).write_volatile(flags);
         }
         let code = f();
+        // A tunnel's headers come off.
+        let grown = ctx.data_end() - ctx.data() - len;
+        if grown != 0 {
+            bpf_xdp_adjust_head(ctx.ctx, grown as i32);
+        }
         // The program may have moved the packet, for all the verifier knows.
         let Some(p) = packet::<I>(ctx) else { return XDP_ABORTED };
+        if lends
+            && flags == Some(SYN)
+            && let Some(lent) = LENT.get_ptr_mut(flow as u32)
+        {
+            let local = (p.add(I::SOURCE + last) as *const u32).read_volatile();
+            let server = (p.add(I::DESTINATION + last) as *const u32).read_volatile();
+            let port = (p.add(I::L4) as *const u16).read_volatile();
+            *lent = [u64::from(local) << 32 | u64::from(server), u64::from(port)];
+        }
         let mut i = 0;
         while i < words_of::<I>() {
             (p as *mut u64).add(i).write_volatile(b.get(SAVED + i));
@@ -178,7 +214,7 @@ pub fn bench_nop(_: XdpContext) -> u32 {
 
 macro_rules! programs {
     ($ip:ty, $key:ident, $lru:ident, $map:ty, $sweep:path,
-     $base:ident, $run:ident, $fill:ident, $get:ident, $put:ident, $sweep_all:ident) => {
+     $base:ident, $run:ident, $fill:ident, $get:ident, $put:ident, $sweep_all:ident, $grow:ident) => {
         #[aya_ebpf::macros::xdp]
         pub fn $base(ctx: XdpContext) -> u32 {
             with_flow::<$ip>(&ctx, Words::next, || XDP_TX)
@@ -209,6 +245,15 @@ macro_rules! programs {
                 if $lru.insert(&key, &[1, 0], 0).is_ok() { XDP_TX } else { XDP_PASS }
             })
         }
+        /// Does nothing but to make room in front, which is taken away again.
+        #[aya_ebpf::macros::xdp]
+        pub fn $grow(ctx: XdpContext) -> u32 {
+            with_flow::<$ip>(&ctx, Words::next, || {
+                // SAFETY: the context of this program.
+                unsafe { bpf_xdp_adjust_head(ctx.ctx, -(<$ip as Ip>::HEADER as i32)) };
+                XDP_TX
+            })
+        }
         /// A whole sweep. XDP_TX if it came to its end.
         #[aya_ebpf::macros::xdp]
         pub fn $sweep_all(_: XdpContext) -> u32 {
@@ -230,7 +275,8 @@ programs!(
     bench_fill4,
     bench_get4,
     bench_put4,
-    bench_sweep4
+    bench_sweep4,
+    bench_grow4
 );
 programs!(
     V6,
@@ -243,5 +289,6 @@ programs!(
     bench_fill6,
     bench_get6,
     bench_put6,
-    bench_sweep6
+    bench_sweep6,
+    bench_grow6
 );

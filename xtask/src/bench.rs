@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::{Pid, geteuid};
 
 use report::{Report, Row};
-use rig::{ANY_FLOW, Case, Frame, Method, Order, PASS, Program, REDIRECT, Rig, Settings, TX, Version};
+use rig::{ANY_FLOW, Case, DROP, Frame, Method, Order, PASS, Program, REDIRECT, Rig, Settings, TX, Version};
 
 pub const OBJECT: &str = "ebpf/target/bpfel-unknown-none/release/rvs-bench";
 const DOCUMENT: &str = "docs/benchmarks.md";
@@ -52,7 +52,10 @@ pub fn run(root: &Path, args: &[String]) -> Result<ExitCode> {
     for version in versions {
         for (column, flows) in sizes.iter().enumerate() {
             measure_dr(&settings, &mut report, version, column, *flows)?;
+            measure_udp(&settings, &mut report, version, column, *flows)?;
+            measure_tunnel(&settings, &mut report, version, column, *flows)?;
             measure_nat(&settings, &mut report, version, column, *flows)?;
+            measure_fullnat(&settings, &mut report, version, column, *flows)?;
         }
     }
     report.counts = count::counts(&std::fs::read(root.join(count::OBJECT))?)?;
@@ -152,11 +155,18 @@ fn measure_dr(s: &Settings, report: &mut Report, version: Version, column: usize
         (Row::Miss, 1, rig.case(Program::Run, Frame::NoService, PASS)),
         (Row::Icmp, 1, rig.case(Program::Run, Frame::Icmp, PASS)),
         (Row::OtherMac, 1, rig.case(Program::Run, Frame::OtherMac, PASS)),
+        (Row::NotIp, 1, rig.case(Program::Run, Frame::NotIp, PASS)),
+        (Row::Malformed, 1, rig.case(Program::Run, Frame::Malformed, DROP)),
+        (Row::Rst, 1, Case { order: Order::Random(ANY_FLOW), ..rig.case(Program::Run, Frame::Rst, PASS) }),
     ];
     let base_ns = measure(s, &mut rig, report, column, base, &cases)?;
     if flows >= 1024 {
+        zipf(s, &mut rig, report, column, Row::DrZipf)?;
         let ns = written(s, &mut rig)?;
         report.put(version, Row::DrWritten, column, ns - base_ns);
+    }
+    if version == Version::V4 && column == 0 {
+        fragments(s, &mut rig, report, base_ns)?;
     }
     if version == Version::V4 && flows == report.main_size() {
         rig.add_services(SERVICES - 1)?;
@@ -185,6 +195,74 @@ fn measure_nat(s: &Settings, report: &mut Report, version: Version, column: usiz
     sweeps(s, &mut rig, report, column)
 }
 
+fn measure_udp(s: &Settings, report: &mut Report, version: Version, column: usize, flows: u32) -> Result<()> {
+    let Some(mut rig) = begin(s, report, version, Method::Udp, column, flows)? else { return Ok(()) };
+    let base = rig.case(Program::Base, Frame::Udp, TX);
+    let lru = (Row::Lru, 1, rig.case(Program::LruGet, Frame::Udp, TX));
+    let hit = rig.case(Program::Run, Frame::Udp, TX);
+    measure(s, &mut rig, report, column, base, &[lru, (Row::Udp, 1, hit)])?;
+    Ok(())
+}
+
+/// Beside the same flows by DR. The outer headers come off again between two packets: what that costs is half of what it costs to make room
+/// and take it away.
+fn measure_tunnel(s: &Settings, report: &mut Report, version: Version, column: usize, flows: u32) -> Result<()> {
+    let Some(mut rig) = begin(s, report, version, Method::Tunnel, column, flows)? else { return Ok(()) };
+    let hit = rig.case(Program::Run, Frame::Ack, TX);
+    let (base, grow) = (rig.case(Program::Base, Frame::Ack, TX), rig.case(Program::Grow, Frame::Ack, TX));
+    let mut best = [f64::MAX; 4];
+    for _ in 0..2 * s.runs {
+        let [base_ns, grow_ns, tunnel, dr] = &mut best;
+        *base_ns = base_ns.min(rig.run(&base)?);
+        *grow_ns = grow_ns.min(rig.run(&grow)?);
+        *tunnel = tunnel.min(rig.run(&hit)?);
+        rig.forward(Method::Dr, 1)?;
+        *dr = dr.min(rig.run(&hit)?);
+        rig.leave_by(1)?;
+    }
+    let [base_ns, grow_ns, tunnel, dr] = best;
+    let off = base_ns + (grow_ns - base_ns) / 2.0;
+    report.put(version, Row::Tunnel, column, tunnel - off);
+    report.put(version, Row::DrBeside, column, dr - base_ns);
+    new_connections(s, &mut rig, report, column, off)
+}
+
+fn measure_fullnat(s: &Settings, report: &mut Report, version: Version, column: usize, flows: u32) -> Result<()> {
+    let Some(mut rig) = begin(s, report, version, Method::Fullnat, column, flows)? else { return Ok(()) };
+    let base = rig.case(Program::Base, Frame::Ack, TX);
+    let lru = (Row::Lru, 1, rig.case(Program::LruGet, Frame::Ack, TX));
+    let hit = rig.case(Program::Run, Frame::Ack, TX);
+    let base_ns = measure(s, &mut rig, report, column, base, &[lru, (Row::Fullnat, 1, hit)])?;
+    let reply = rig.case(Program::Run, Frame::Reply, REDIRECT);
+    let base = rig.case(Program::Base, Frame::Reply, TX);
+    measure(s, &mut rig, report, column, base, &[lru, (Row::FullnatReply, 1, reply)])?;
+    new_connections(s, &mut rig, report, column, base_ns)
+}
+
+/// A hit when few flows have most of the packets.
+fn zipf(s: &Settings, rig: &mut Rig<'_>, report: &mut Report, column: usize, row: Row) -> Result<()> {
+    let order = Order::Zipf(rig.flows.ilog2());
+    let (mut base, mut best) = (f64::MAX, f64::MAX);
+    for _ in 0..s.runs {
+        base = base.min(rig.run(&Case { order, ..rig.case(Program::Base, Frame::Ack, TX) })?);
+        best = best.min(rig.run(&Case { order, ..rig.case(Program::Run, Frame::Ack, TX) })?);
+    }
+    report.put(rig.version, row, column, best - base);
+    Ok(())
+}
+
+/// Of one datagram: its first fragment again and again, then a later one.
+fn fragments(s: &Settings, rig: &mut Rig<'_>, report: &mut Report, base_ns: f64) -> Result<()> {
+    for (row, frame) in [(Row::FirstFragment, Frame::FirstFragment), (Row::LaterFragment, Frame::LaterFragment)] {
+        let mut best = f64::MAX;
+        for _ in 0..s.runs {
+            best = best.min(rig.run(&Case { order: Order::Random(1), ..rig.case(Program::Run, frame, TX) })?);
+        }
+        report.put(rig.version, row, 0, best - base_ns);
+    }
+    Ok(())
+}
+
 /// A rig whose flows are all entered, and its memory. `None` if the table can't be that large.
 fn begin<'a>(
     s: &'a Settings,
@@ -194,9 +272,8 @@ fn begin<'a>(
     column: usize,
     flows: u32,
 ) -> Result<Option<Rig<'a>>> {
-    let what =
-        format!("{flows} flows, {}, {}", if method == Method::Dr { "DR" } else { "NAT" }, version.of("IPv4", "IPv6"));
-    if version == Version::V6 && method == Method::Nat && flows > 2 << 20 {
+    let what = format!("{flows} flows, {}, {}", method.name(), version.of("IPv4", "IPv6"));
+    if version == Version::V6 && method.answers() && flows > 2 << 20 {
         eprintln!("bench: {what}: larger than a table can be");
         return Ok(None);
     }
@@ -209,9 +286,9 @@ fn begin<'a>(
         bail!("only {established} of {flows} flows were entered");
     }
     let (conns, lru) = rig.charged()?;
-    let entries = if method == Method::Nat { 2.0 } else { 1.0 };
+    let entries = f64::from(method.entries());
     let row = if method == Method::Nat { Row::MemoryNat } else { Row::Memory };
-    if flows >= 4096 {
+    if flows >= 4096 && matches!(method, Method::Dr | Method::Nat) {
         report.put(version, row, column, conns as f64 / (f64::from(rig.slots()) / 2.0) * entries);
         report.put(version, Row::MemoryLru, column, lru as f64 / f64::from(flows));
     }
@@ -263,14 +340,18 @@ fn written(s: &Settings, rig: &mut Rig<'_>) -> Result<f64> {
 
 /// SYNs of random clients: into a table at half load; then, when they have filled it, each in the place of an earlier one.
 fn new_connections(s: &Settings, rig: &mut Rig<'_>, report: &mut Report, column: usize, base_ns: f64) -> Result<()> {
-    let (free, evicting) =
-        if rig.method == Method::Dr { (Row::NewDr, Row::NewDrFull) } else { (Row::NewNat, Row::NewNatFull) };
+    let (free, evicting) = match rig.method {
+        Method::Dr | Method::Udp => (Row::NewDr, Row::NewDrFull),
+        Method::Nat => (Row::NewNat, Row::NewNatFull),
+        Method::Tunnel => (Row::NewTunnel, Row::NewTunnelFull),
+        Method::Fullnat => (Row::NewFullnat, Row::NewFullnatFull),
+    };
     let order = Order::Random(ANY_FLOW);
     // (A place may be found only among flows that must not be evicted.)
     let syn = Case { order, tolerance: 0.08, ..rig.case(Program::Run, Frame::Syn, TX) };
     let put = Case { order, ..rig.case(Program::LruPut, Frame::Syn, TX) };
     let slots = rig.slots();
-    let per_flow = if rig.method == Method::Dr { 1 } else { 2 };
+    let per_flow = rig.method.entries();
     let half_full = rig.snapshot();
     let before = rig.established().0;
     let mut ns = [vec![], vec![], vec![]];

@@ -13,7 +13,7 @@ use rvs_sys::bpf::{Sizes, bytes_of, shapes};
 
 use super::machine::Machine;
 use super::rig::{
-    DESTS, DROP, Frame, Method, NOW_S, OURS, PASS, REDIRECT, TX, Version, address, dest, frame, hop, service,
+    DESTS, DROP, Frame, LOCAL, Method, NOW_S, OURS, PASS, REDIRECT, TX, Version, address, dest, frame, hop, service,
 };
 
 /// Instructions of one packet.
@@ -66,7 +66,7 @@ pub fn counts(object: &[u8]) -> Result<Vec<Count>> {
 /// New connection, hit, reply, first fragment, later one.
 fn names(method: Method) -> [&'static str; 5] {
     match method {
-        Method::Dr => ["SYN, DR, rr: new", "hit, DR", "", "first fragment, DR", "later fragment, DR"],
+        Method::Dr | Method::Udp => ["SYN, DR, rr: new", "hit, DR", "", "first fragment, DR", "later fragment, DR"],
         Method::Nat => [
             "SYN, NAT, rr: new",
             "hit, NAT, request",
@@ -178,8 +178,6 @@ struct Rig {
 
 /// Of the smallest table.
 const BUCKETS: usize = 4096;
-/// This host's towards the servers.
-const LOCAL: [u8; 4] = [172, 16, 1, 1];
 /// What may be put in front of a packet.
 const HEADROOM: usize = 256;
 
@@ -196,9 +194,9 @@ impl Rig {
         m.set(map::CONFIG, 0, &bytes_of(config))?;
         m.set(map::CLOCK, 0, &bytes_of(Clock::at(NOW_S, &policy)))?;
         m.set(map::IFACES, 1, &bytes_of(Iface::new(1, OURS, 0, 1500)))?;
-        let (key, s) = service(version);
-        let lends = if method == Method::Fullnat { 1 << 32 } else { 0 };
-        m.set(map::SERVICES, 1, &bytes_of(Service { locals: lends, ..s }))?;
+        let (key, s) = service(version, method);
+        // One local address.
+        m.set(map::SERVICES, 1, &bytes_of(Service { locals: s.locals.min(1 << 32), ..s }))?;
         m.set(map::LOCALS, 0, &bytes_of(Local { address: address(version, LOCAL).into() }))?;
         m.insert(&bytes_of(key)[..size_of_val(&key)], 1)?;
         for i in 1..=DESTS {
@@ -259,7 +257,7 @@ impl Rig {
 
     /// From now on SYNs are answered with cookies.
     fn ask(&mut self) -> Result<()> {
-        let (_, s) = service(self.version);
+        let (_, s) = service(self.version, self.method);
         let asking = Service { cookies: 1, flags: s.flags | abi::service::ASKS, ..s };
         self.machine.set(map::SERVICES, 1, &bytes_of(asking))
     }

@@ -12,16 +12,32 @@ pub enum Row {
     Dr,
     DrRedirect,
     DrWritten,
+    DrZipf,
+    Udp,
+    Tunnel,
+    /// The same flows, by DR.
+    DrBeside,
     Nat,
     NatRedirect,
     NatReply,
+    Fullnat,
+    FullnatReply,
     Miss,
+    Rst,
     NewDr,
     NewDrFull,
     NewNat,
     NewNatFull,
+    NewTunnel,
+    NewTunnelFull,
+    NewFullnat,
+    NewFullnatFull,
+    FirstFragment,
+    LaterFragment,
     Icmp,
     OtherMac,
+    NotIp,
+    Malformed,
     Lru,
     LruInsert,
     Memory,
@@ -36,20 +52,35 @@ pub enum Row {
 }
 
 /// ns a packet.
-const PACKETS: [(Row, &str); 15] = [
+const PACKETS: [(Row, &str); 30] = [
     (Row::Dr, "hit, DR"),
     (Row::DrRedirect, "hit, DR, out of another interface"),
     (Row::DrWritten, "hit, DR, first of its flow in a second (flows in order)"),
+    (Row::DrZipf, "hit, DR, flows by Zipf's law"),
+    (Row::Udp, "hit, DR, UDP"),
+    (Row::Tunnel, "hit, TUN (IPIP)"),
+    (Row::DrBeside, "hit, DR (beside it, the same flows)"),
     (Row::Nat, "hit, NAT, request"),
     (Row::NatRedirect, "hit, NAT, request, out of another interface"),
     (Row::NatReply, "hit, NAT, reply, out of another interface"),
+    (Row::Fullnat, "hit, FULLNAT, request"),
+    (Row::FullnatReply, "hit, FULLNAT, reply, out of another interface"),
     (Row::Miss, "miss: no connection, no service (passed)"),
+    (Row::Rst, "miss: RST to a service, of no connection (passed)"),
     (Row::NewDr, "SYN, DR, rr: new, table half full"),
     (Row::NewDrFull, "SYN, DR, rr: new, in a flood that has filled the table"),
     (Row::NewNat, "SYN, NAT, rr: new, table half full"),
     (Row::NewNatFull, "SYN, NAT, rr: new, in a flood that has filled the table"),
+    (Row::NewTunnel, "SYN, TUN, rr: new, table half full"),
+    (Row::NewTunnelFull, "SYN, TUN, rr: new, in a flood that has filled the table"),
+    (Row::NewFullnat, "SYN, FULLNAT, rr: new, table half full"),
+    (Row::NewFullnatFull, "SYN, FULLNAT, rr: new, in a flood that has filled the table"),
+    (Row::FirstFragment, "first fragment, DR (of one datagram)"),
+    (Row::LaterFragment, "later fragment, DR (of one datagram)"),
     (Row::Icmp, "pass: ICMP"),
     (Row::OtherMac, "pass: not our MAC address"),
+    (Row::NotIp, "pass: not IP"),
+    (Row::Malformed, "drop: malformed"),
     (Row::Lru, "for comparison: lookup in a full BPF LRU hash"),
     (Row::LruInsert, "for comparison: insert with eviction there"),
 ];
@@ -85,6 +116,14 @@ const LIMITS: [(Row, u32, f64); 16] = [
     // No limits are set for other sizes; these show where new connections stand.
     (Row::NewDr, 4 << 10, 0.5),
     (Row::NewNat, 4 << 10, 0.8),
+];
+/// What may take so many times as long as what, at most, in one run.
+const TIMES: [(Row, Row, f64); 5] = [
+    (Row::Tunnel, Row::DrBeside, 1.4),
+    (Row::Fullnat, Row::Nat, 1.5),
+    (Row::FullnatReply, Row::NatReply, 1.5),
+    (Row::NewDrFull, Row::NewDr, 1.5),
+    (Row::NewNatFull, Row::NewNat, 1.5),
 ];
 const MEMORY_LIMIT: f64 = 64.0;
 const MEMORY_LIMIT_NAT: f64 = 128.0;
@@ -166,6 +205,7 @@ impl Report {
             let _ = writeln!(out, "## {}, ns a packet by number of flows\n", version.of("IPv4", "IPv6"));
             self.table(&mut out, version, &PACKETS, 1);
         }
+        self.times(&mut out);
         self.ratio_table(&mut out);
         self.memory(&mut out);
         self.sweeps(&mut out);
@@ -182,6 +222,26 @@ impl Report {
             let cells: Vec<String> = (0..self.sizes.len()).map(cell).collect();
             if cells.iter().any(|c| c != "-") {
                 let _ = writeln!(out, "| {name} | {} |", cells.join(" | "));
+            }
+        }
+        let _ = writeln!(out);
+    }
+
+    /// One row by another.
+    fn times(&self, out: &mut String) {
+        let _ = writeln!(out, "## Compared with each other, in time\n");
+        let heads: Vec<String> = self.sizes.iter().map(|n| size(*n)).collect();
+        let _ = writeln!(out, "| | | at most | {} |\n|---|---|--:|{}", heads.join(" | "), "--:|".repeat(heads.len()));
+        let name = |row| PACKETS.iter().find(|(r, _)| *r == row).map_or("", |(_, name)| *name);
+        for version in [Version::V4, Version::V6] {
+            for (what, than, limit) in TIMES {
+                let cell = |column| {
+                    let (a, b) = (self.get(version, what, column)?, self.get(version, than, column)?);
+                    Some(format!("{:.2} {}", a / b, mark(a / b, limit)))
+                };
+                let cells: Vec<String> = (0..self.sizes.len()).map(|c| cell(c).unwrap_or_else(|| "-".into())).collect();
+                let (family, names) = (version.of("IPv4", "IPv6"), [name(what), name(than)].join(" / "));
+                let _ = writeln!(out, "| {family} | {names} | {limit:.1} | {} |", cells.join(" | "));
             }
         }
         let _ = writeln!(out);
@@ -283,7 +343,7 @@ impl Report {
                 "* {}, {}: of {before} established flows {after} were there after a flood of as many SYNs as the table has \
                  places.",
                 version.of("IPv4", "IPv6"),
-                if *method == Method::Dr { "DR" } else { "NAT" }
+                method.name()
             );
         }
         for (version, (verified, instructions, bytes)) in &self.programs {

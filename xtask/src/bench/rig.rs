@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Context, Result, bail};
-use rvs_datapath::abi::{Clock, Dest, Hop, Iface, ListEntry, Service, ServiceKey, dest, map, service};
+use rvs_datapath::abi::{Clock, Dest, Hop, Iface, ListEntry, Local, Service, ServiceKey, Tunnel, dest, map, service};
 use rvs_datapath::ct;
 use rvs_datapath::sched::Kind;
 use rvs_sys::bpf::{Dataplane, GATES, Sizes, Table};
@@ -18,9 +18,35 @@ pub const REDIRECT: u32 = 4;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     Dr,
+    /// DR of a UDP service.
+    Udp,
     Nat,
+    /// By IPIP.
     Tunnel,
     Fullnat,
+}
+
+impl Method {
+    /// Entries of the table for each flow.
+    pub fn entries(self) -> u32 {
+        if self.answers() { 2 } else { 1 }
+    }
+    /// Do replies go by the director?
+    pub fn answers(self) -> bool {
+        matches!(self, Method::Nat | Method::Fullnat)
+    }
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Dr => "DR",
+            Method::Udp => "DR, UDP",
+            Method::Nat => "NAT",
+            Method::Tunnel => "TUN",
+            Method::Fullnat => "FULLNAT",
+        }
+    }
+    fn protocol(self) -> u8 {
+        if self == Method::Udp { 17 } else { 6 }
+    }
 }
 
 /// IP version.
@@ -56,8 +82,10 @@ pub struct Settings {
 pub enum Frame {
     Syn,
     Ack,
-    /// An ACK of the server (NAT).
+    /// An ACK of the server (NAT, FULLNAT).
     Reply,
+    /// A datagram to the service.
+    Udp,
     /// An ACK to a port that is no service's.
     NoService,
     OtherMac,
@@ -84,6 +112,8 @@ pub enum Order {
     Random(u64),
     /// One after the other, from this one on.
     From(u64),
+    /// By Zipf's law (s = 1), from 2^n flows.
+    Zipf(u32),
     /// In blocks of 2^n (only to fill).
     Blocks(u64),
 }
@@ -112,19 +142,23 @@ pub enum Program {
     /// A lookup in the LRU hash.
     LruGet,
     LruPut,
+    /// As [`Program::Base`], with room in front for an outer header made and taken away.
+    Grow,
 }
 
-const PROGRAMS: [[&str; 6]; 2] = [
-    ["bench_base4", "bench_run4", "bench_fill4", "bench_get4", "bench_put4", "bench_sweep4"],
-    ["bench_base6", "bench_run6", "bench_fill6", "bench_get6", "bench_put6", "bench_sweep6"],
+const PROGRAMS: [[&str; 7]; 2] = [
+    ["bench_base4", "bench_run4", "bench_fill4", "bench_get4", "bench_put4", "bench_grow4", "bench_sweep4"],
+    ["bench_base6", "bench_run6", "bench_fill6", "bench_get6", "bench_put6", "bench_grow6", "bench_sweep6"],
 ];
-const SWEEP: usize = 5;
+const SWEEP: usize = 6;
 
 /// Words of the map BENCH, see the programs.
 const SERVERS_AT: usize = 5;
 const SERVER_PORT_AT: usize = 6;
 const BLOCK_AT: usize = 7;
 const COUNTS_AT: usize = 8;
+const LENDS_AT: usize = 30;
+const ZIPF_AT: usize = 31;
 /// Flows that new connections come from: all that addresses and ports allow.
 pub const ANY_FLOW: u64 = 1 << 30;
 
@@ -137,6 +171,9 @@ const VIP_PORT: u16 = 80;
 const SERVER_PORT: u16 = 8080;
 const CLIENT_PORT: u16 = 0x8000;
 pub const DESTS: u32 = 8;
+/// The director's own addresses towards the servers: the first, and how many, one after the other.
+pub const LOCAL: [u8; 4] = [172, 16, 1, 1];
+const LOCALS: u32 = 64;
 pub const NOW_S: u32 = 10_000;
 
 /// 2001:db8:: with these last bytes for IPv6.
@@ -164,15 +201,17 @@ pub struct Rig<'a> {
 }
 
 impl<'a> Rig<'a> {
-    /// Tables for `flows` flows at half load (NAT: two entries a flow), and an LRU hash of `flows` entries.
+    /// Tables for `flows` flows at half load, and an LRU hash of `flows` entries.
     pub fn new(settings: &'a Settings, version: Version, method: Method, flows: u32) -> Result<Rig<'a>> {
-        let entries = if method == Method::Nat { 2 * flows } else { flows };
-        let sizes = Sizes { flows4: version.of(entries, 1), flows6: version.of(1, entries), ..Sizes::default() };
-        let name = format!("{}-{}-{flows}", version.of("v4", "v6"), if method == Method::Nat { "nat" } else { "dr" });
-        let pins = settings.pins.join(name);
+        let entries = method.entries() * flows;
+        let fullnat = method == Method::Fullnat;
+        let sizes =
+            Sizes { flows4: version.of(entries, 1), flows6: version.of(1, entries), fullnat, ..Sizes::default() };
+        let pins = settings.pins.join(format!("{}-{}-{flows}", version.of("v4", "v6"), method as u8));
         // An LRU hash of fewer can't insert.
         let lru = flows.max(1024);
-        let own = [("BENCH", 1), ("LRU4", version.of(lru, 1024)), ("LRU6", version.of(1024, lru))];
+        let lent = if fullnat { flows } else { 1 };
+        let own = [("BENCH", 1), ("LENT", lent), ("LRU4", version.of(lru, 1024)), ("LRU6", version.of(1024, lru))];
         let plane = Dataplane::load(&settings.object, &pins, &sizes, &PROGRAMS[version.of(0, 1)], &own)?;
         let bench = plane.own_table("BENCH")?;
         let mut rig = Rig { settings, plane, bench, pins, version, method, flows, seed: 1 };
@@ -189,18 +228,33 @@ impl<'a> Rig<'a> {
         for i in 1..=DESTS {
             maps.lists.set(i, ListEntry { dest: i, weight: 1 })?;
         }
-        let (key, s) = service(self.version);
+        let (key, s) = service(self.version, self.method);
         maps.services.set(1, s)?;
         maps.keys.insert(key, 1)?;
+        for i in 0..LOCALS {
+            let mut last = LOCAL;
+            last[3] += i as u8;
+            let address = address(self.version, last).into();
+            maps.locals.set(i, Local { address })?;
+        }
+        for i in 1..=DESTS {
+            let source = address(self.version, LOCAL).into();
+            maps.tunnels.set(i, Tunnel { source, ..Tunnel::default() })?;
+        }
         self.leave_by(1)
     }
 
     /// Have requests leave by this interface. 1 is where they came in.
     pub fn leave_by(&mut self, ifindex: u32) -> Result<()> {
+        self.forward(self.method, ifindex)
+    }
+
+    /// ... by another method, which keeps its flows in the same way.
+    pub fn forward(&mut self, method: Method, ifindex: u32) -> Result<()> {
         let maps = &mut self.plane.maps;
         maps.hops.set(1, hop(ifindex))?;
         for i in 0..DESTS {
-            maps.dests.set(1 + i, dest(self.version, self.method, i))?;
+            maps.dests.set(1 + i, dest(self.version, method, i))?;
         }
         Ok(())
     }
@@ -254,9 +308,16 @@ impl<'a> Rig<'a> {
                 words[..5].copy_from_slice(&[self.seed, 0x5851_f42d_4c95_7f2d, 0x1405_7b7e_f767_814f, 24, n - 1]);
             }
             Order::From(first) => words[..5].copy_from_slice(&[first.wrapping_sub(1), 1, 1, 0, u64::MAX >> 34]),
+            Order::Zipf(bits) => {
+                self.seed += 1;
+                let mask = (1 << bits) - 1;
+                words[..5].copy_from_slice(&[self.seed, 0x5851_f42d_4c95_7f2d, 0x1405_7b7e_f767_814f, 17, mask]);
+                words[ZIPF_AT] = u64::from(bits);
+            }
             Order::Blocks(bits) => words[BLOCK_AT] = bits,
         }
-        let filling = case.program == Program::Fill && self.method == Method::Nat;
+        words[LENDS_AT] = u64::from(self.method == Method::Fullnat);
+        let filling = case.program == Program::Fill && self.method.answers();
         if case.frame == Frame::Reply || filling {
             words[SERVERS_AT] = u64::from(u32::from_be_bytes(SERVERS));
             words[SERVER_PORT_AT] = u64::from(SERVER_PORT);
@@ -282,12 +343,20 @@ impl<'a> Rig<'a> {
     }
 
     /// Enter all flows: SYN, ACKs, and with NAT a reply of each, in blocks, so that few are half-open at a time. All flows are
-    /// established by enough packets then, and their words no longer change. (A reply tells the entry for replies what its flow has
+    /// established by enough packets then, and their words no longer change. (Of a datagram nothing but its age is kept. A reply tells the entry for replies what its flow has
     /// become, and finds the way that they leave by. A half-open flow may go for a later one of its block.)
     pub fn fill(&mut self) -> Result<()> {
-        let order = Order::Blocks(u64::from((self.flows / 256).max(1).ilog2()));
-        let packets = self.flows * 8;
-        self.run(&Case { order, packets, ..self.case(Program::Fill, Frame::Syn, TX) })?;
+        if self.method == Method::Udp {
+            for _ in 0..4 {
+                let all =
+                    Case { order: Order::From(0), packets: self.flows, ..self.case(Program::Run, Frame::Udp, TX) };
+                self.run(&all)?;
+            }
+        } else {
+            let order = Order::Blocks(u64::from((self.flows / 256).max(1).ilog2()));
+            let packets = self.flows * 8;
+            self.run(&Case { order, packets, ..self.case(Program::Fill, Frame::Syn, TX) })?;
+        }
         let order = Order::From(0);
         self.run(&Case { order, packets: self.flows, ..self.case(Program::LruPut, Frame::Ack, TX) })?;
         Ok(())
@@ -301,7 +370,7 @@ impl<'a> Rig<'a> {
         let buckets = self.words().len() / self.version.of(8, 16);
         (buckets * self.version.of(4, 3)) as u32
     }
-    /// Established flows in the table, and all entries.
+    /// Established flows in the table (of UDP: all), and all entries.
     pub fn established(&self) -> (u32, u32) {
         let (step, ways) = self.version.of((2, 4), (5, 3));
         let (mut established, mut all) = (0, 0);
@@ -309,7 +378,8 @@ impl<'a> Rig<'a> {
             for way in 0..ways {
                 let control = bucket[way * step + step - 1].load(Relaxed);
                 all += u32::from(control != 0);
-                let one = control != 0 && control & ct::REVERSE == 0 && ct::state(control) == 1;
+                let state = if self.method == Method::Udp { 0 } else { 1 };
+                let one = control != 0 && control & ct::REVERSE == 0 && ct::state(control) == state;
                 established += u32::from(one);
             }
         }
@@ -343,10 +413,12 @@ impl<'a> Rig<'a> {
 }
 
 /// The service under test, under its index 1, with a list of its dests from the first entry on.
-pub fn service(version: Version) -> (ServiceKey, Service) {
-    let key = ServiceKey { address: address(version, VIP), port: VIP_PORT, protocol: 6, family: version.of(4, 6) };
+pub fn service(version: Version, method: Method) -> (ServiceKey, Service) {
+    let (address, protocol) = (address(version, VIP), method.protocol());
+    let key = ServiceKey { address, port: VIP_PORT, protocol, family: version.of(4, 6) };
     let (list, scheduler) = (u64::from(DESTS) << 32, Kind::Rr as u32);
-    (key, Service { list, flags: service::LOCAL, scheduler, key, ..Service::default() })
+    let locals = if method == Method::Fullnat { u64::from(LOCALS) << 32 } else { 0 };
+    (key, Service { list, flags: service::LOCAL, scheduler, key, locals, ..Service::default() })
 }
 
 /// Its dest number `i`, of the index 1 + i, reached by hop 1.
@@ -354,7 +426,7 @@ pub fn dest(version: Version, method: Method, i: u32) -> Dest {
     let mut last = SERVERS;
     last[3] += i as u8;
     let (method, port) = match method {
-        Method::Dr => (dest::ROUTE, 0),
+        Method::Dr | Method::Udp => (dest::ROUTE, 0),
         Method::Nat => (dest::MASQ, SERVER_PORT),
         Method::Tunnel => (dest::TUNNEL, 0),
         Method::Fullnat => (dest::FULLNAT, SERVER_PORT),
@@ -369,7 +441,12 @@ pub fn hop(ifindex: u32) -> Hop {
 
 /// The frame, of the first client.
 pub fn frame(version: Version, frame: Frame) -> Vec<u8> {
-    let (protocol, len) = (if frame == Frame::Icmp { version.of(1, 58) } else { 6 }, version.of(40u8, 20));
+    let protocol = match frame {
+        Frame::Icmp => version.of(1, 58),
+        Frame::Udp => 17,
+        _ => 6,
+    };
+    let len = version.of(40u8, 20);
     let mac = if frame == Frame::OtherMac { [2, 0, 0, 0, 0, 9] } else { OURS };
     let (client, vip) = (address(version, CLIENTS), address(version, VIP));
     let (from, to, ports) = match frame {
@@ -396,7 +473,10 @@ pub fn frame(version: Version, frame: Frame) -> Vec<u8> {
         Frame::Rst => 0x04,
         _ => 0x10,
     };
-    f.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 1, 0, 0x56, 0x78, 0, 0]);
+    // (A datagram's length and no checksum are the first words.)
+    let first = if frame == Frame::Udp { [0, 20, 0, 0] } else { [0, 0, 0, 1] };
+    f.extend(first);
+    f.extend([0, 0, 0, 1, 0x50, flags, 1, 0, 0x56, 0x78, 0, 0]);
     unusual(&mut f, version, frame);
     f.resize(f.len().next_multiple_of(8).max(60), 0);
     f
