@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use rvs_control::firewall::Rules;
-use rvs_control::realserver::{Finding, GUE_PORT, Mode, Op, Refused, Wanted, desired};
+use rvs_control::realserver::{Finding, GUE_PORT, Mode, Mss, Op, Refused, Wanted, desired};
 use rvs_sys::bpf::programs::KernelPrograms;
 use rvs_sys::firewall::arp_readings;
 use rvs_sys::netlink::{NetError, Netlink};
@@ -76,6 +76,9 @@ struct How {
     /// The UDP port that GUE comes to, with --mode tun
     #[arg(long, value_name = "PORT", default_value_t = GUE_PORT)]
     gue_port: u16,
+    /// The largest MSS that clients are told, with --mode tun: off, auto (what a tunnel leaves of the interface's MTU), or bytes
+    #[arg(long, value_name = "MSS", default_value_t = Mss::Off)]
+    mss: Mss,
     #[command(flatten)]
     processes: Processes,
 }
@@ -249,6 +252,7 @@ impl How {
             interfaces: self.interfaces.clone(),
             static_arp: self.static_arp,
             gue_port: self.gue_port,
+            mss: self.mss,
         }
     }
 }

@@ -53,6 +53,65 @@ pub struct Wanted {
     pub static_arp: bool,
     /// UDP port that GUE comes to ([`Mode::Tun`]).
     pub gue_port: u16,
+    /// What clients are told at most ([`Mode::Tun`]).
+    pub mss: Mss,
+}
+
+/// The largest TCP segments that a real server asks its clients for: what they send comes in a tunnel, and has to leave room for its headers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mss {
+    /// As the server says. Clients learn of the path's MTU by ICMP.
+    #[default]
+    Off,
+    /// What any kind of tunnel leaves of the interface's MTU.
+    Auto,
+    /// Bytes, of IPv4; of IPv6 less by 20.
+    Most(u16),
+}
+
+/// Outer headers at most: IPv6, UDP, GUE.
+const TUNNEL_MOST: u32 = 40 + 8 + 4;
+/// Headers of IPv4 and TCP.
+const HEADERS: u32 = 20 + 20;
+/// Every host takes an MSS of so much (RFC 9293 3.7.1).
+const MSS_LEAST: u16 = 536;
+
+impl Mss {
+    /// In bytes, on a link.
+    fn on(self, link: &Link) -> Option<u16> {
+        match self {
+            Self::Off => None,
+            Self::Auto => {
+                let most = link.mtu.saturating_sub(TUNNEL_MOST + HEADERS).min(u32::from(u16::MAX));
+                Some((most as u16).max(MSS_LEAST))
+            }
+            Self::Most(most) => Some(most),
+        }
+    }
+}
+
+impl std::str::FromStr for Mss {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            "auto" => Ok(Self::Auto),
+            number => match number.parse() {
+                Ok(most) if most >= MSS_LEAST => Ok(Self::Most(most)),
+                _ => Err(format!("{text:?} is no MSS: off, auto, or bytes from {MSS_LEAST} to 65535")),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Mss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::Auto => f.write_str("auto"),
+            Self::Most(most) => write!(f, "{most}"),
+        }
+    }
 }
 
 /// Where GUE comes to unless told otherwise (IANA: gue).
@@ -63,6 +122,8 @@ pub const GUE_PORT: u16 = 6080;
 pub struct Decap {
     pub vips: BTreeSet<IpAddr>,
     pub gue_port: u16,
+    /// The largest MSS that clients are told there, of IPv4 (of IPv6 less by 20).
+    pub mss: Option<u16>,
 }
 
 /// The host as it is.
@@ -143,6 +204,9 @@ impl fmt::Display for Op {
             Self::Decap { link, new: None, .. } => write!(f, "tc filter del dev {link} ingress pref 21078"),
             Self::Decap { link, new: Some(decap), .. } => {
                 write!(f, "rvs realserver up --mode tun --interface {link} --gue-port {}", decap.gue_port)?;
+                if let Some(mss) = decap.mss {
+                    write!(f, " --mss {mss}")?;
+                }
                 decap.vips.iter().try_for_each(|vip| write!(f, " --vip {vip}"))
             }
             Self::Directors { new, .. } if new.is_empty() => f.write_str("rvs realserver down"),
@@ -206,6 +270,11 @@ pub enum Problem {
     NotTakenOut {
         link: String,
     },
+    /// They are taken out, but clients are told of another MSS.
+    OtherMss {
+        link: String,
+        there: Option<u16>,
+    },
 }
 
 impl fmt::Display for Problem {
@@ -232,6 +301,8 @@ impl fmt::Display for Problem {
                 write!(f, "connections from the director's address {director} don't show their clients' addresses")
             }
             Self::NotTakenOut { link } => write!(f, "{link} leaves packets for the VIPs in their tunnels"),
+            Self::OtherMss { link, there: Some(mss) } => write!(f, "{link} tells clients of an MSS of {mss}"),
+            Self::OtherMss { link, there: None } => write!(f, "{link} leaves the MSS that clients are told as it is"),
         }
     }
 }
@@ -250,6 +321,7 @@ impl Problem {
                 "replies carry the VIP as source, and asking for the next hop's address would show it"
             }
             Self::ClientHidden { .. } => "servers would log the director, and keep everybody out or nobody",
+            Self::OtherMss { .. } => "what clients send then is of another size than was asked for",
             Self::NotTakenOut { .. } => "without a tunnel device of the kernel they reach nobody",
             Self::StrictSource { .. } => "strict reverse path filtering wants the way back to be the way in",
         }
@@ -506,13 +578,21 @@ fn believed(wanted: &Wanted, host: &Observed) -> Vec<Finding> {
 fn taken_out(wanted: &Wanted, host: &Observed, link: &Link) -> Option<Finding> {
     let old = host.decap.get(&link.name);
     let vips: BTreeSet<IpAddr> = wanted.vips.iter().copied().collect();
-    if old.is_some_and(|d| d.gue_port == wanted.gue_port && vips.is_subset(&d.vips)) {
-        return None;
-    }
+    let mss = wanted.mss.on(link);
+    let link_name = || link.name.clone();
+    let problem = match old {
+        Some(d) if d.gue_port == wanted.gue_port && vips.is_subset(&d.vips) => {
+            if d.mss == mss {
+                return None;
+            }
+            Problem::OtherMss { link: link_name(), there: d.mss }
+        }
+        _ => Problem::NotTakenOut { link: link_name() },
+    };
     let all = old.iter().flat_map(|d| d.vips.iter().copied()).chain(vips).collect();
-    let new = Some(Decap { vips: all, gue_port: wanted.gue_port });
-    let op = Op::Decap { link: link.name.clone(), old: old.cloned(), new };
-    Some(Finding { problem: Problem::NotTakenOut { link: link.name.clone() }, mend: Mend::Ops(vec![op]) })
+    let new = Some(Decap { vips: all, gue_port: wanted.gue_port, mss });
+    let op = Op::Decap { link: link_name(), old: old.cloned(), new };
+    Some(Finding { problem, mend: Mend::Ops(vec![op]) })
 }
 
 /// Strict filtering is no problem where clients are answered by the interface they come in by.

@@ -26,6 +26,8 @@ pub struct Edit {
     pub toa: bool,
     /// Taken from the MSS.
     pub mss_less: u16,
+    /// The largest MSS; 0: any.
+    pub mss_most: u16,
     /// Added to the edges of SACK blocks.
     pub sack: u32,
     /// Blank them all.
@@ -33,7 +35,8 @@ pub struct Edit {
 }
 impl Edit {
     /// Only look.
-    pub const NONE: Edit = Edit { timestamps: false, fast_open: false, toa: false, mss_less: 0, sack: 0, all: false };
+    pub const NONE: Edit =
+        Edit { timestamps: false, fast_open: false, toa: false, mss_less: 0, mss_most: 0, sack: 0, all: false };
 }
 
 /// What a SYN offers.
@@ -138,8 +141,8 @@ impl Editing {
 fn body<P: Packet>(p: &mut P, i: usize, at: usize, kind: u8, done: u32, edit: &Edit, delta: Delta) -> Option<Delta> {
     if blank(kind, edit) {
         put(p, i, at, NOP, delta)
-    } else if kind == MSS && done == 0 && edit.mss_less != 0 {
-        lower(p, i, at, edit.mss_less, delta)
+    } else if kind == MSS && done == 0 && edit.mss_less | edit.mss_most != 0 {
+        lower(p, i, at, edit, delta)
     } else if kind == SACK && done & 3 == 0 && edit.sack != 0 {
         shift(p, i, at, edit.sack, delta)
     } else {
@@ -169,12 +172,18 @@ fn paired(i: usize, word: u16) -> u16 {
 }
 
 #[inline(always)]
-fn lower<P: Packet>(p: &mut P, i: usize, at: usize, less: u16, delta: Delta) -> Option<Delta> {
+fn lower<P: Packet>(p: &mut P, i: usize, at: usize, edit: &Edit, delta: Delta) -> Option<Delta> {
     let mut w = p.beyond(at, 2)?;
     let old = w.r16(0);
-    let mss = u16::from_be(old);
+    let mut mss = u16::from_be(old);
     // One that small is nobody's who means it.
-    let new = if mss > 2 * less { (mss - less).to_be() } else { old };
+    if mss > 2 * edit.mss_less {
+        mss -= edit.mss_less;
+    }
+    if edit.mss_most != 0 && mss > edit.mss_most {
+        mss = edit.mss_most;
+    }
+    let new = mss.to_be();
     w.w16(0, new);
     Some(delta.replace16(paired(i, old), paired(i, new)))
 }

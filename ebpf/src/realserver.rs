@@ -1,5 +1,5 @@
-//! The real server's side, without a tunnel device or kernel module: packets come out of their tunnels here, and connections by FULLNAT show
-//! their clients' own addresses ([`peers`]).
+//! The real server's side, without a tunnel device or kernel module: packets come out of their tunnels here, clients are told of an MSS that
+//! goes through them, and connections by FULLNAT show their clients' own addresses ([`peers`]).
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -22,7 +22,11 @@ use aya_ebpf::btf_maps::HashMap;
 use aya_ebpf::helpers::bpf_skb_adjust_room;
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
-use rvs_datapath::packet::{ETHERTYPE, Packet, Window};
+use rvs_datapath::csum::Delta;
+use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::options::Edit;
+use rvs_datapath::packet::{ETHERTYPE, Ip, Packet, Window, parse};
+use rvs_datapath::proto::tcp;
 use rvs_datapath::tunnel::{self, Opened};
 
 use skb::Skb;
@@ -31,9 +35,13 @@ use skb::Skb;
 #[unsafe(no_mangle)]
 static GUE_PORT: Global<u16> = Global::new(6080);
 
-/// The virtual addresses, as they lie in a packet; an IPv4 address in the first four bytes. The value is [`GUE_PORT`].
+/// The largest MSS that clients are told, of IPv4 (of IPv6 it is less by 20); 0: the server's own.
+#[unsafe(no_mangle)]
+static MSS: Global<u16> = Global::new(0);
+
+/// The virtual addresses, as they lie in a packet; an IPv4 address in the first four bytes. The values are [`GUE_PORT`] and [`MSS`].
 #[btf_map]
-static VIPS: HashMap<[u8; 16], u16, 1024> = HashMap::new();
+static VIPS: HashMap<[u8; 16], [u16; 2], 1024> = HashMap::new();
 
 /// For tc ingress, before everything else: what is not in a tunnel for a virtual address goes on untouched.
 #[classifier]
@@ -46,6 +54,35 @@ pub fn rvs_decap(ctx: TcContext) -> i32 {
     match tunnel::open(&mut packet, GUE_PORT.load(), vip) {
         Some(opened) => unwrap(&mut packet, skb, opened),
         None => TC_ACT_UNSPEC as i32,
+    }
+}
+
+/// For tc egress: of a SYN,ACK from a virtual address, the MSS.
+#[classifier]
+pub fn rvs_clamp(ctx: TcContext) -> i32 {
+    let mut packet = Skb::new(ctx.skb.skb);
+    packet.pull();
+    let ethertype = packet.window(ETHERTYPE + 2).map(|w| u16::from_be(w.r16(ETHERTYPE)));
+    match ethertype {
+        Some(V4::ETHERTYPE) => clamp::<V4>(&mut packet, MSS.load()),
+        Some(V6::ETHERTYPE) => clamp::<V6>(&mut packet, MSS.load().saturating_sub(20)),
+        _ => {}
+    }
+    TC_ACT_UNSPEC as i32
+}
+
+#[inline(always)]
+fn clamp<I: Ip>(packet: &mut Skb, most: u16) {
+    // (Nobody answers with extra headers.)
+    let Ok(flow) = parse::<I, _>(packet) else { return };
+    const ANSWER: u8 = tcp::SYN | tcp::ACK;
+    // SAFETY: nobody writes the value meanwhile.
+    let ours = flow.tcp && flow.flags & ANSWER == ANSWER && unsafe { VIPS.get(&I::bytes(flow.source())) }.is_some();
+    if ours && let Some((_, _, header)) = tcp::numbers::<I, _>(packet) {
+        let edit = Edit { mss_most: most, ..Edit::NONE };
+        if let Some((changed, _)) = packet.edit_options::<I>(header, edit) {
+            packet.fix_transport(I::L4 + 16, false, Delta::default(), changed);
+        }
     }
 }
 

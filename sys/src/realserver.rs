@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rvs_control::firewall::Rules;
 use rvs_control::net::{Addr, Scope};
-use rvs_control::realserver::{self, Decap, Mode, Observed, Op, Refused, Wanted};
+use rvs_control::realserver::{self, Decap, Mode, Mss, Observed, Op, Refused, Wanted};
 use serde::{Deserialize, Serialize};
 
 use crate::bpf::BpfError;
@@ -233,6 +233,7 @@ struct Record {
     static_arp: bool,
     /// With tunnels: where GUE comes to.
     gue_port: Option<u16>,
+    mss: Mss,
     undo: Vec<Op>,
 }
 
@@ -249,6 +250,7 @@ impl Record {
             self.interfaces.clone_from(&wanted.interfaces);
             self.static_arp = wanted.static_arp;
             self.gue_port = (wanted.mode == Mode::Tun).then_some(wanted.gue_port);
+            self.mss = wanted.mss;
         }
         self
     }
@@ -291,6 +293,8 @@ struct Stored {
     static_arp: bool,
     #[serde(default)]
     gue_port: Option<u16>,
+    #[serde(default)]
+    mss: Option<String>,
     undo: Vec<StoredOp>,
 }
 
@@ -311,17 +315,19 @@ enum StoredOp {
 struct StoredDecap {
     vips: Vec<IpAddr>,
     gue_port: u16,
+    #[serde(default)]
+    mss: Option<u16>,
 }
 
 impl From<Decap> for StoredDecap {
     fn from(d: Decap) -> Self {
-        Self { vips: d.vips.into_iter().collect(), gue_port: d.gue_port }
+        Self { vips: d.vips.into_iter().collect(), gue_port: d.gue_port, mss: d.mss }
     }
 }
 
 impl From<StoredDecap> for Decap {
     fn from(d: StoredDecap) -> Self {
-        Self { vips: d.vips.into_iter().collect(), gue_port: d.gue_port }
+        Self { vips: d.vips.into_iter().collect(), gue_port: d.gue_port, mss: d.mss }
     }
 }
 
@@ -387,6 +393,7 @@ impl RecordFile {
             interfaces: record.interfaces,
             static_arp: record.static_arp,
             gue_port: record.gue_port.unwrap_or(realserver::GUE_PORT),
+            mss: record.mss,
         };
         let fullnat = Wanted { mode: Mode::Fullnat, vips: Vec::new(), directors: record.directors, ..base.clone() };
         let told = |wanted: &Wanted| !wanted.vips.is_empty() || !wanted.directors.is_empty();
@@ -412,13 +419,15 @@ impl RecordFile {
             let (path, theirs, ours) = (self.path.clone(), stored.netns, self.namespace.inode);
             return Err(RealserverError::OtherNamespace { path, theirs, ours });
         }
-        let Stored { vips, directors, interfaces, static_arp, gue_port, .. } = stored;
+        let Stored { vips, directors, interfaces, static_arp, gue_port, mss, .. } = stored;
+        let mss = mss.map(|mss| mss.parse().map_err(bad)).transpose()?.unwrap_or_default();
         Ok(Some(Record {
             vips,
             directors,
             interfaces,
             static_arp,
             gue_port,
+            mss,
             undo: stored.undo.into_iter().map(Op::from).collect(),
         }))
     }
@@ -440,6 +449,7 @@ impl RecordFile {
             interfaces: record.interfaces.clone(),
             static_arp: record.static_arp,
             gue_port: record.gue_port,
+            mss: (record.mss != Mss::Off).then(|| record.mss.to_string()),
             undo: record.undo.iter().map(StoredOp::from).collect(),
         };
         let text = serde_json::to_string_pretty(&stored).map_err(|e| self.failed("write")(e.into()))?;
@@ -581,7 +591,15 @@ mod tests {
     fn wanted(vips: &[&str]) -> Wanted {
         let vips = vips.iter().map(|v| v.parse().unwrap()).collect();
         let directors = Vec::new();
-        Wanted { mode: Mode::Dr, vips, directors, interfaces: Vec::new(), static_arp: false, gue_port: GUE_PORT }
+        Wanted {
+            mode: Mode::Dr,
+            vips,
+            directors,
+            interfaces: Vec::new(),
+            static_arp: false,
+            gue_port: GUE_PORT,
+            mss: Mss::Off,
+        }
     }
 
     fn state(net: &FakeNet, sysctl: &FakeSysctl) -> (World, BTreeMap<String, i64>) {

@@ -44,6 +44,7 @@ fn wanted(vips: &[&str]) -> Wanted {
         interfaces: Vec::new(),
         static_arp: false,
         gue_port: GUE_PORT,
+        mss: Mss::Off,
     }
 }
 
@@ -351,4 +352,29 @@ fn tunnels_are_taken_out_of_on_every_interface() {
     assert!(problems(&other_port, &again).iter().all(|p| matches!(p, Problem::NotTakenOut { .. })));
     let back: Vec<Op> = ops.iter().rev().map(Op::inverse).collect();
     assert!(after(ready, &back).decap.is_empty());
+}
+
+/// The MSS can be changed by itself, and has room for any tunnel.
+#[test]
+fn clients_are_told_of_an_mss_that_goes_through_tunnels() {
+    let tun = Wanted { mode: Mode::Tun, ..wanted(&[VIP]) };
+    let bare = host();
+    let ready = after(bare.clone(), &plan_up(&tun, &bare).unwrap());
+    let auto = Wanted { mss: Mss::Auto, ..tun.clone() };
+    assert!(!problems(&auto, &ready).is_empty());
+    assert!(problems(&auto, &ready).iter().all(|p| matches!(p, Problem::OtherMss { there: None, .. })));
+    let told = after(ready.clone(), &plan_up(&auto, &ready).unwrap());
+    for (name, decap) in &told.decap {
+        let link = bare.links.iter().find(|l| l.name == *name).unwrap();
+        // 40 + 8 + 4 outside, 20 + 20 inside.
+        assert_eq!(decap.mss, Some((link.mtu - 92) as u16));
+    }
+    assert_eq!(problems(&auto, &told), []);
+    assert!(problems(&tun, &told).iter().all(|p| matches!(p, Problem::OtherMss { there: Some(_), .. })));
+    for text in ["off", "auto", "536", "1400", "65535"] {
+        assert_eq!(text.parse::<Mss>().unwrap().to_string(), text);
+    }
+    for text in ["", "535", "65536", "-1", "Auto", "1400.0"] {
+        assert!(text.parse::<Mss>().is_err(), "{text}");
+    }
 }

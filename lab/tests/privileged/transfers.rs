@@ -1,6 +1,9 @@
 //! Big files through the director, both ways: no byte lost, doubled or changed.
 
+use std::net::TcpStream;
 use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt};
 
 use rvs_lab::layouts::{Layout, Options};
 use rvs_lab::{Hook, Lab, load, service};
@@ -25,7 +28,8 @@ pub fn tests() -> Vec<Test> {
     let tunnels = tunnels.map(|(name, hook, offload)| test(name, move || through_tunnels(hook, offload)));
     let narrow = [("a_narrow_path_xdp", Hook::Xdp), ("a_narrow_path_tc", Hook::Tc)];
     let narrow = narrow.map(|(name, hook)| test(name, move || narrow_path(hook)));
-    cases.into_iter().chain(tunnels).chain(narrow).collect()
+    let told = [test("clients_are_told_of_an_mss_that_goes_through_tunnels", told_an_mss)];
+    cases.into_iter().chain(tunnels).chain(narrow).chain(told).collect()
 }
 
 const TRANSFER_TIME: Duration = Duration::from_secs(30);
@@ -140,4 +144,33 @@ pub fn there_and_back(lab: &Lab, vip: std::net::SocketAddr, name: &str) -> TestR
         }
     }
     Err("no server has the upload".into())
+}
+
+/// What real servers tell their clients to send at most, asked for and taken back.
+fn told_an_mss() -> TestResult {
+    let layout = Layout::TwoArmed;
+    let lab = lab(&layout.topology(&Options { servers: 1, ..Options::default() }))?;
+    let rvs = director(&lab, layout.director_interfaces(), Hook::Xdp)?;
+    let vips = [vip(&lab, false, 80)?, vip(&lab, true, 80)?];
+    for vip in vips {
+        serve(&lab, &rvs, "-t", vip, "-i", 80)?;
+    }
+    // Of 1500 bytes without and with the largest outer headers (52 bytes), less those inside; a segment has 12 bytes of timestamps too.
+    let (bare, room) = ([1448, 1428], [1396, 1376]);
+    for (mss, due) in [("off", bare), ("auto", room), ("1000", [988, 968]), ("off", bare)] {
+        let up = format!("up --mode tun --mss {mss} --interface eth0 --vip {} --vip {}", vips[0].ip(), vips[1].ip());
+        lab.node("rs1")?.realserver(&up)?;
+        for (vip, due) in vips.into_iter().zip(due) {
+            let told = lab.node("client")?.enter(|| -> TestResult<u32> {
+                let stream = TcpStream::connect_timeout(&vip, TRANSFER_TIME)?;
+                Ok(getsockopt(&stream, sockopt::TcpMaxSeg)?)
+            })??;
+            check(told == due, || format!("--mss {mss}, {vip}: segments of {told} bytes, not {due}"))?;
+        }
+        let wrong = lab.node("rs1")?.realserver(&up.replacen("up", "check", 1))?;
+        check(wrong.contains("ready for tunnels"), || wrong)?;
+    }
+    lab.node("rs1")?.realserver("down")?;
+    let left = lab.node("rs1")?.run(&["tc", "filter", "show", "dev", "eth0", "egress"])?;
+    check(left.is_empty(), || left)
 }

@@ -24,8 +24,17 @@ const VIPS: &str = "VIPS";
 
 /// What is on an interface.
 pub(super) fn get(interface: &str) -> Result<Option<Decap>> {
-    attached(interface)?.map(|program| read(&program)).transpose()
+    let Some(program) = attached(interface)? else { return Ok(None) };
+    let mut decap = read(&program)?;
+    // Without the other program it is only written down.
+    if decap.mss.is_some() && filter(interface, EGRESS).map_err(failed(what(interface)))?.is_none() {
+        decap.mss = None;
+    }
+    Ok(Some(decap))
 }
+
+/// The program that tells clients of a smaller MSS.
+const CLAMP: &str = "rvs_clamp";
 
 /// Does a test packet for this address come out of its tunnel there?
 pub(super) fn prove(interface: &str, vip: IpAddr) -> Result<bool> {
@@ -39,24 +48,50 @@ pub(super) fn prove(interface: &str, vip: IpAddr) -> Result<bool> {
 
 /// Put the program there, in the place of an older one, or (`None`) take it away.
 pub(super) fn set(interface: &str, decap: Option<&Decap>) -> Result<()> {
-    let at = || format!("the program for tunnels on {interface}");
-    let there = || SchedClassifierLink::attached(interface, TcAttachType::Ingress, PRIORITY, HANDLE, None);
-    let on = filter(interface).map_err(failed(at()))?.is_some();
     let Some(decap) = decap else {
-        // Dropped, the link takes the filter away.
-        return if on { there().map(drop).map_err(failed(at())) } else { Ok(()) };
+        detach(interface, EGRESS)?;
+        return detach(interface, INGRESS);
     };
     let mut ebpf = loaded(decap)?;
-    let program: &mut SchedClassifier = program(&mut ebpf)?;
-    let id = if on {
-        program.attach_to_link(there().map_err(failed(at()))?)
+    match decap.mss {
+        Some(_) => attach(program(&mut ebpf, CLAMP)?, interface, EGRESS)?,
+        None => detach(interface, EGRESS)?,
+    }
+    attach(program(&mut ebpf, PROGRAM)?, interface, INGRESS)
+}
+
+/// A side of an interface: the parent of its filters, within clsact, and the name of our program there.
+type SideOf = (TcAttachType, u16, &'static str);
+const INGRESS: SideOf = (TcAttachType::Ingress, 0xfff2, PROGRAM);
+const EGRESS: SideOf = (TcAttachType::Egress, 0xfff3, CLAMP);
+
+fn what(interface: &str) -> String {
+    format!("the programs for tunnels on {interface}")
+}
+
+/// Take our filter away, if there is one.
+fn detach(interface: &str, side: SideOf) -> Result<()> {
+    if filter(interface, side).map_err(failed(what(interface)))?.is_some() {
+        // Dropped, the link takes the filter away.
+        drop(
+            SchedClassifierLink::attached(interface, side.0, PRIORITY, HANDLE, None)
+                .map_err(failed(what(interface)))?,
+        );
+    }
+    Ok(())
+}
+
+fn attach(program: &mut SchedClassifier, interface: &str, side: SideOf) -> Result<()> {
+    let id = if filter(interface, side).map_err(failed(what(interface)))?.is_some() {
+        let there = SchedClassifierLink::attached(interface, side.0, PRIORITY, HANDLE, None);
+        program.attach_to_link(there.map_err(failed(what(interface)))?)
     } else {
         // It is there already, if another put it there; what counts is whether the filter goes in.
         let _ = tc::qdisc_add_clsact(interface);
         let options = TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None });
-        program.attach_with_options(interface, TcAttachType::Ingress, options)
+        program.attach_with_options(interface, side.0, options)
     };
-    let link = program.take_link(id.map_err(failed(at()))?).map_err(failed(at()))?;
+    let link = program.take_link(id.map_err(failed(what(interface)))?).map_err(failed(what(interface)))?;
     // Dropped, it would take the filter away; it owns nothing else.
     std::mem::forget(link);
     Ok(())
@@ -68,7 +103,7 @@ const TC_ACT_UNSPEC: i32 = -1;
 /// Our program on an interface.
 fn attached(interface: &str) -> Result<Option<ProgramInfo>> {
     let what = || format!("ask for the tc filters of {interface}");
-    let Some(id) = filter(interface).map_err(failed(what()))? else { return Ok(None) };
+    let Some(id) = filter(interface, INGRESS).map_err(failed(what()))? else { return Ok(None) };
     Ok(loaded_programs().filter_map(std::result::Result::ok).find(|p| p.id() == id))
 }
 
@@ -95,47 +130,51 @@ fn test_packet(vip: IpAddr) -> (Vec<u8>, Vec<u8>) {
     ([&macs[..], &[0x08, 0x00], &outer, &inner].concat(), [&macs[..], &ethertype, &inner].concat())
 }
 
-fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier> {
-    let program = ebpf.program_mut(PROGRAM).ok_or_else(|| BpfError::Refused(format!("the object has no {PROGRAM}")))?;
-    program.try_into().map_err(failed(format!("program {PROGRAM}")))
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+    let program = ebpf.program_mut(name).ok_or_else(|| BpfError::Refused(format!("the object has no {name}")))?;
+    program.try_into().map_err(failed(format!("program {name}")))
 }
 
 fn loaded(decap: &Decap) -> Result<Ebpf> {
     let mut loader = EbpfLoader::new();
     loader.override_global("GUE_PORT", &decap.gue_port, true);
+    let mss = decap.mss.unwrap_or(0);
+    loader.override_global("MSS", &mss, true);
     let mut ebpf = loader.load(REALSERVER_OBJECT).map_err(failed("load the program for tunnels"))?;
-    program(&mut ebpf)?.load().map_err(failed(format!("program {PROGRAM}")))?;
+    for name in [PROGRAM, CLAMP] {
+        program(&mut ebpf, name)?.load().map_err(failed(format!("program {name}")))?;
+    }
     let map = ebpf.map_mut(VIPS).ok_or_else(|| BpfError::Refused(format!("the object has no map {VIPS}")))?;
-    let mut vips: HashMap<_, [u8; 16], u16> = HashMap::try_from(map).map_err(failed(format!("map {VIPS}")))?;
+    let mut vips: HashMap<_, [u8; 16], [u16; 2]> = HashMap::try_from(map).map_err(failed(format!("map {VIPS}")))?;
     for vip in &decap.vips {
-        // The value is for who reads it back; the program has it as a constant.
-        vips.insert(rvs_control::plan::bytes(*vip), decap.gue_port, 0)
+        // The values are for who reads them back; the programs have them as constants.
+        vips.insert(rvs_control::plan::bytes(*vip), [decap.gue_port, mss], 0)
             .map_err(failed(format!("map {VIPS}, insert")))?;
     }
     Ok(ebpf)
 }
 
 fn read(program: &ProgramInfo) -> Result<Decap> {
-    let mut decap = Decap { vips: BTreeSet::new(), gue_port: 0 };
+    let mut decap = Decap { vips: BTreeSet::new(), gue_port: 0, mss: None };
     for id in program.map_ids().map_err(failed(format!("program {PROGRAM}")))?.unwrap_or_default() {
         let info = MapInfo::from_id(id).map_err(failed(format!("map {id}")))?;
         if info.name_as_str() != Some(VIPS) {
             continue;
         }
         let data = MapData::from_id(id).map_err(failed(format!("map {VIPS}")))?;
-        let vips: HashMap<_, [u8; 16], u16> =
+        let vips: HashMap<_, [u8; 16], [u16; 2]> =
             HashMap::try_from(Map::HashMap(data)).map_err(failed(format!("map {VIPS}")))?;
         for entry in vips.iter() {
-            let (address, port) = entry.map_err(failed(format!("map {VIPS}, list")))?;
-            decap.gue_port = port;
+            let (address, [port, mss]) = entry.map_err(failed(format!("map {VIPS}, list")))?;
+            (decap.gue_port, decap.mss) = (port, Some(mss).filter(|mss| *mss != 0));
             decap.vips.insert(super::address(address));
         }
     }
     Ok(decap)
 }
 
-/// The kernel's number of our program on an interface.
-fn filter(interface: &str) -> io::Result<Option<u32>> {
+/// The kernel's number of our program on a side of an interface.
+fn filter(interface: &str, (_, parent, name): SideOf) -> io::Result<Option<u32>> {
     let ifindex = match super::attach::ifindex_of(interface) {
         0 => return Err(io::ErrorKind::NotFound.into()),
         ifindex => ifindex,
@@ -144,8 +183,7 @@ fn filter(interface: &str) -> io::Result<Option<u32>> {
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     let mut message = TcMessage::with_index(ifindex as i32);
-    // The ingress side of clsact.
-    message.header.parent = TcHandle { major: 0xffff, minor: 0xfff2 };
+    message.header.parent = TcHandle { major: 0xffff, minor: parent };
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let payload = NetlinkPayload::from(RouteNetlinkMessage::GetTrafficFilter(message));
@@ -166,7 +204,7 @@ fn filter(interface: &str) -> io::Result<Option<u32>> {
                 // No such qdisc: no filter.
                 NetlinkPayload::Error(error) if error.code.is_some() => return Ok(None),
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(m)) => {
-                    found = found.or_else(|| ours(&m));
+                    found = found.or_else(|| ours(&m, name));
                 }
                 _ => {}
             }
@@ -179,7 +217,7 @@ fn filter(interface: &str) -> io::Result<Option<u32>> {
     }
 }
 
-fn ours(message: &TcMessage) -> Option<u32> {
+fn ours(message: &TcMessage, name: &str) -> Option<u32> {
     let options = message.attributes.iter().filter_map(|a| match a {
         TcAttribute::Options(options) => Some(options),
         _ => None,
@@ -191,7 +229,7 @@ fn ours(message: &TcMessage) -> Option<u32> {
             _ => None,
         })
         .collect();
-    let named = bpf.iter().any(|o| matches!(o, TcFilterBpfOption::ProgName(name) if name.starts_with(PROGRAM)));
+    let named = bpf.iter().any(|o| matches!(o, TcFilterBpfOption::ProgName(of) if of.starts_with(name)));
     let id = bpf.iter().find_map(|o| if let TcFilterBpfOption::ProgId(id) = o { Some(*id) } else { None });
     id.filter(|_| named)
 }
