@@ -283,7 +283,12 @@ impl Network {
                 }
             }
             if self.attached.contains_key(&link.ifindex) {
-                self.note(link)?;
+                self.note(link.ifindex, link)?;
+                // XDP on a bond runs on its ports, and is told their numbers.
+                let ports = links.iter().filter(|l| l.master == Some(link.ifindex) && l.port_kind == "bond");
+                for port in ports {
+                    self.note(port.ifindex, link)?;
+                }
             }
         }
         self.vlans(links)?;
@@ -341,23 +346,24 @@ impl Network {
         Err(errors.join("; "))
     }
 
-    fn note(&self, link: &Link) -> Result<(), String> {
+    /// Frames that come in by the interface of this number come to `link`.
+    fn note(&self, number: u32, link: &Link) -> Result<(), String> {
         let d = self.director.borrow();
         let ifaces = &d.dataplane.maps.ifaces;
-        let at = link.ifindex % ifaces.len();
+        let at = number % ifaces.len();
         let there = ifaces.get(at).map_err(|e| shown(&e))?;
-        if ![0, link.ifindex].contains(&there.number()) && self.attached.contains_key(&there.number()) {
+        if ![0, number].contains(&there.number()) && self.attached.contains_key(&there.number()) {
             return Err(format!(
                 "interface {} (number {}) falls together with number {} in the table of interfaces",
                 link.name,
-                link.ifindex,
+                number,
                 there.number()
             ));
         }
         let mac = link.mac.map(|m| m.0).unwrap_or_default();
         let flags = if link.kind == "veth" { iface::REDIRECT_BACK } else { 0 };
         let (lower, tag) = nexthop::vlan_of(link).unwrap_or_default();
-        let iface = Iface { lower, tag, ..Iface::new(link.ifindex, mac, flags, link.mtu) }.traced(d.tracing);
+        let iface = Iface { lower, tag, ..Iface::new(number, mac, flags, link.mtu) }.traced(d.tracing);
         if there != iface {
             ifaces.set(at, iface).map_err(|e| shown(&e))?;
         }
