@@ -292,8 +292,23 @@ impl Network {
             }
         }
         self.vlans(links)?;
+        self.without_tcx()?;
         let names = self.attached.values().map(|(name, hook)| (name.clone(), hook.name().to_owned())).collect();
         self.director.borrow_mut().interfaces = names;
+        Ok(())
+    }
+
+    /// Before Linux 6.6 tc has no links: named once, and in `rvs status`, with what it means.
+    fn without_tcx(&self) -> Result<(), String> {
+        let mut d = self.director.borrow_mut();
+        let dir = d.dataplane.dir().to_owned();
+        let filter = |a: &attach::Attached| a.link == 0 && a.ifindex != 0;
+        let is = attach::list(&dir).map_err(|e| shown(&e))?.iter().any(filter);
+        if is && d.warnings.insert(WITHOUT_TCX.to_owned()) {
+            tracing::warn!("{WITHOUT_TCX}");
+        } else if !is {
+            d.warnings.remove(WITHOUT_TCX);
+        }
         Ok(())
     }
 
@@ -370,6 +385,8 @@ impl Network {
         Ok(())
     }
 }
+
+const WITHOUT_TCX: &str = "this kernel has no tcx (Linux 6.6 has): programs by tc are filters of the clsact qdisc, and go with it if somebody removes that";
 
 impl Stale {
     fn note(&mut self, event: &NetEvent) {

@@ -1,7 +1,7 @@
 //! Kernel IPVS and RVS on one machine, side by side: `compare` gives both the same commands and packets, `cost` counts what a packet takes.
 //! Made for the virtual machine (`./x test --vm`): the kernel must have ip_vs, and the stock `ipvsadm` lies where `./x setup vm` puts it.
 
-mod cost;
+pub mod cost;
 mod pair;
 mod scenarios;
 mod side;

@@ -15,6 +15,8 @@ use rvs_sys::wire::Wire;
 
 /// For a frame to come through.
 const SOON: Duration = Duration::from_secs(10);
+/// For a frame to come through that nothing else is done beside.
+const LOOKS: u32 = 100_000;
 /// For a command.
 const COMMAND_TIME: Duration = Duration::from_secs(60);
 
@@ -142,9 +144,21 @@ impl<'a> Side<'a> {
         Ok(sent)
     }
 
-    /// Puts a frame on the clients' wire, `count` times.
-    pub fn flood(&self, frame: &[u8], count: u32) -> Result<()> {
-        (0..count).try_for_each(|_| self.front.send(frame)).context("a frame on the wire")
+    /// Puts frames on the clients' wire, one after the other and again from the first, so many in all; each when the one before has come out on
+    /// the servers' wire.
+    pub fn through(&self, frames: &[Vec<u8>], count: u32) -> Result<()> {
+        for frame in frames.iter().cycle().take(count as usize) {
+            self.front.send(frame).context("a frame on the wire")?;
+            let mut looks = 0;
+            while !self.back.receive()?.is_some_and(|frame| frame[0] & 1 == 0) {
+                looks += 1;
+                if looks == LOOKS {
+                    bail!("a frame has not come through; RVS counted {}", self.verdicts());
+                }
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
     }
 
     /// Waits until packets that nobody balances have gone through, both ways: those before them have, then.
