@@ -48,12 +48,14 @@ impl Wire {
     /// # Errors
     /// The interface went down.
     pub fn receive(&self) -> io::Result<Option<Vec<u8>>> {
-        let mut buffer = vec![0; 65_536];
-        // SAFETY: a buffer of ours and its size.
-        let n = unsafe { libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-        if n >= 0 {
-            buffer.truncate(n as usize);
-            return Ok(Some(buffer));
+        let mut buffer: Vec<u8> = Vec::with_capacity(65_536);
+        // SAFETY: a buffer of ours and its size; as many bytes of it are written as the result says.
+        unsafe {
+            let n = libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.capacity(), 0);
+            if n >= 0 {
+                buffer.set_len(n as usize);
+                return Ok(Some(buffer));
+            }
         }
         match io::Error::last_os_error() {
             error if error.kind() == io::ErrorKind::WouldBlock => Ok(None),

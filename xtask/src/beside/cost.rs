@@ -21,9 +21,11 @@ const DOCUMENT: &str = "docs/benchmarks.md";
 const PACKETS: u32 = 400;
 const RUNS: u16 = 5;
 
-const PORT: u16 = 80;
-const INNER: u16 = 8080;
-const METHODS: [(&str, &str, u16); 2] = [("NAT", "-m", INNER), ("DR", "-g", PORT)];
+/// Ports of services, one after the other: connections of one that is gone would be met by another of that port. Real servers listen so much above,
+/// by NAT.
+const FIRST_PORT: u16 = 80;
+const ABOVE: u16 = 8000;
+const METHODS: [(&str, &str, u16); 2] = [("NAT", "-m", ABOVE), ("DR", "-g", 0)];
 
 /// Prints the section; with `--write` has it made in a machine of its own, and puts it into the document.
 pub fn run(root: &Path, options: &[String]) -> Result<ExitCode> {
@@ -76,16 +78,19 @@ fn measure(root: &Path) -> Result<ExitCode> {
         let lab = super::lab("one")?;
         let who_is = hook.map_or_else(|| side::stock(root).map(Who::Kernel), |hook| Ok(Who::Rvs(hook)))?;
         let side = Side::start(&lab, who_is)?;
-        for (title, method, port) in METHODS {
-            let mut of = |what: &str, frames: &dyn Fn(Net, u16) -> Vec<Vec<u8>>| -> Result<()> {
-                let counted = each(|net| {
-                    new_service(&side, net, method, port).and_then(|()| runs(&side, &|run| frames(net, run)))
-                })?;
-                rows.push((format!("{who}, {title}, {what}"), counted));
-                Ok(())
-            };
-            of("known connection", &|net, _| vec![ack(net)])?;
-            of("new connection (SYN)", &syns)?;
+        let mut port = FIRST_PORT;
+        for (title, method, above) in METHODS {
+            for (what, frames) in [("known connection", known as Frames), ("new connection (SYN)", syns)] {
+                port += 1;
+                let count = |net| {
+                    new_service(&side, net, method, [port, port + above])?;
+                    runs(&side, &|run| frames(net, port, run))
+                };
+                let name = format!("{who}, {title}, {what}");
+                let counted = each(count).with_context(|| name.clone())?;
+                eprintln!("{name}: {counted:?}");
+                rows.push((name, counted));
+            }
         }
     }
     print!("{}", document(&rows, moved)?);
@@ -112,32 +117,35 @@ fn each(count: impl Fn(Net) -> Result<u64>) -> Result<[u64; 2]> {
     Ok([count(BOTH[0])?, count(BOTH[1])?])
 }
 
-/// A service with one server, a connection of [`ack`] in it.
-fn new_service(side: &Side<'_>, net: Net, method: &str, port: u16) -> Result<()> {
-    let (service, server) = (net.vip(PORT), net.server(11, port));
+/// A service with one server, the connection of [`known`] in it.
+fn new_service(side: &Side<'_>, net: Net, method: &str, [port, inner]: [u16; 2]) -> Result<()> {
+    let (service, server) = (net.vip(port), net.server(11, inner));
     for line in ["-C".to_owned(), format!("-A -t {service} -s rr"), format!("-a -t {service} -r {server} {method}")] {
         let output = side.ipvsadm(&line, "")?;
         if !output.status.success() {
             bail!("ipvsadm {line}: {}", output.stderr.trim());
         }
     }
-    side.through(&[net.request(TCP, 999, PORT).flags(flag::SYN).bytes()], 1)?;
-    side.through(&[ack(net)], 10)
+    side.through(&[net.request(TCP, 999, port).flags(flag::SYN).bytes()], 1)?;
+    side.through(&known(net, port, 0), 10)
 }
 
-fn ack(net: Net) -> Vec<u8> {
-    net.request(TCP, 999, PORT).flags(flag::ACK).bytes()
+/// A family's packets for this port, in a run.
+type Frames = fn(Net, u16, u16) -> Vec<Vec<u8>>;
+
+fn known(net: Net, port: u16, _: u16) -> Vec<Vec<u8>> {
+    vec![net.request(TCP, 999, port).flags(flag::ACK).bytes()]
 }
 
 /// Of as many clients as there are packets, others in each run.
-fn syns(net: Net, run: u16) -> Vec<Vec<u8>> {
+fn syns(net: Net, port: u16, run: u16) -> Vec<Vec<u8>> {
     let first = 1024 + run * PACKETS as u16;
-    (first..first + PACKETS as u16).map(|client| net.request(TCP, client, PORT).flags(flag::SYN).bytes()).collect()
+    (first..first + PACKETS as u16).map(|client| net.request(TCP, client, port).flags(flag::SYN).bytes()).collect()
 }
 
 /// A packet that nobody balances.
 fn to_server(net: Net) -> Vec<u8> {
-    net.request(TCP, 999, PORT).to(net.server(12, PORT)).flags(flag::ACK).bytes()
+    net.request(TCP, 999, FIRST_PORT).to(net.server(12, FIRST_PORT)).flags(flag::ACK).bytes()
 }
 
 fn runs(side: &Side<'_>, frames: &dyn Fn(u16) -> Vec<Vec<u8>>) -> Result<u64> {

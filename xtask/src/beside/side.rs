@@ -150,7 +150,7 @@ impl<'a> Side<'a> {
         for frame in frames.iter().cycle().take(count as usize) {
             self.front.send(frame).context("a frame on the wire")?;
             let mut looks = 0;
-            while !self.back.receive()?.is_some_and(|frame| frame[0] & 1 == 0) {
+            while self.back.receive()?.is_none_or(|frame| frame[0] & 1 != 0) {
                 looks += 1;
                 if looks == LOOKS {
                     bail!("a frame has not come through; RVS counted {}", self.verdicts());
