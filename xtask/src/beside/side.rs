@@ -43,7 +43,10 @@ pub fn topology() -> Topology {
     let outside = Node { name: "outside".to_owned(), sysctls: quiet, ..Node::default() };
     let link = |interface: &str, addresses: &[String]| {
         let addresses = addresses.iter().filter_map(|a| a.parse().ok()).collect();
-        let own = End { node: director.name.clone(), interface: interface.to_owned(), addresses, ..End::default() };
+        // What the kernel leaves to a device to finish would be seen unfinished at a veth's other end.
+        let finished = [("tx".to_owned(), false)].into();
+        let (node, interface_of) = (director.name.clone(), interface.to_owned());
+        let own = End { node, interface: interface_of, addresses, offload: finished, ..End::default() };
         // XDP sends only to a veth whose other end has NAPI, which comes with GRO.
         let offload = [("gro".to_owned(), true)].into();
         let far = End { node: outside.name.clone(), interface: interface.to_owned(), offload, ..End::default() };
