@@ -10,7 +10,7 @@ use rvs_fixtures::world::{BACK_MAC, BOTH, CLIENT_MAC, LAN_MAC, Net, server_mac};
 use super::pair::{Known, NOT_YET, Pair};
 
 /// All that may be otherwise. The rows of docs/compatibility.md, "What differs", have more words.
-pub const KNOWN: &[Known] = &[NOT_YET, CUT_ELSEWHERE, HEADER_CHECKSUM, UNCHECKED, PADDING, COUNTED, QUOTED];
+pub const KNOWN: &[Known] = &[NOT_YET, CUT_ELSEWHERE, HEADER_CHECKSUM, UNCHECKED, PADDING, COUNTED, QUOTED, UNSORTED];
 
 const CUT_ELSEWHERE: Known = Known {
     name: "fragments go by themselves",
@@ -34,6 +34,8 @@ const QUOTED: Known = Known {
     name: "quoted as it came",
     why: "\"too big\" for a tunnel over IPv6 quotes the client's packet as it came; the kernel's has counted its hop limit down already",
 };
+const UNSORTED: Known =
+    Known { name: "order with --nosort", why: "that of a hash in the kernel, that of creation here" };
 const COUNTED: Known = Known {
     name: "counted otherwise",
     why: "packets that went otherwise by design are counted as they went; and an error of the director's own about a DR or TUN packet (TTL used \
@@ -375,13 +377,21 @@ fn recorded(root: &Path, pair: &mut Pair<'_>, name: &str) -> Result<()> {
         if !plain || line.contains("daemon") || line.contains("--rate") {
             continue;
         }
+        pair.known(line.contains("--nosort").then_some(UNSORTED));
         pair.command(line, "", unlisted)?;
+        pair.known(None);
     }
     pair.ipvsadm("-C")
 }
 
-/// Without connections of earlier scenarios, which end when they end.
+/// Without connections of earlier scenarios, which end when they end, and without the folders of the two programs.
 fn unlisted(text: &str) -> String {
     let is_connection = |l: &&str| l.split_whitespace().nth(1).is_some_and(|w| w.len() == 5 && w.as_bytes()[2] == b':');
-    text.lines().filter(|l| !is_connection(l)).map(|l| format!("{l}\n")).collect()
+    // A word that is the path of a program by that name.
+    let named = |word: &str| match word.rsplit_once("/ipvsadm") {
+        Some((_, "")) => if word.starts_with('`') { "`ipvsadm" } else { "'ipvsadm" }.to_owned(),
+        _ => word.to_owned(),
+    };
+    let plain = |l: &str| l.split(' ').map(named).collect::<Vec<_>>().join(" ") + "\n";
+    text.lines().filter(|l| !is_connection(l)).map(plain).collect()
 }
