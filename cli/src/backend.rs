@@ -55,7 +55,8 @@ pub struct SocketBackend {
 
 impl SocketBackend {
     pub fn new(path: &Path) -> Self {
-        Self::with_timeout(path, Duration::from_secs(limits::ANSWER_TIMEOUT_S))
+        let own = std::env::var(api::TIMEOUT_VARIABLE).ok().and_then(|text| text.parse().ok()).filter(|s| *s > 0);
+        Self::with_timeout(path, Duration::from_secs(own.unwrap_or(limits::ANSWER_TIMEOUT_S)))
     }
 
     /// `timeout` bounds every wait for rvsd to take or give something; not zero.

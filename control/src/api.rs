@@ -38,6 +38,8 @@ pub const DEFAULT_SOCKET: &str = "/run/rvs/rvsd.sock";
 
 /// The environment variable that names another socket.
 pub const SOCKET_VARIABLE: &str = "RVS_SOCKET";
+/// Environment variable with the seconds that `ipvsadm` and `rvs` wait for each answer, where a machine needs more than usual.
+pub const TIMEOUT_VARIABLE: &str = "RVS_TIMEOUT";
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -283,12 +283,32 @@ impl Network {
                 }
             }
             if self.attached.contains_key(&link.ifindex) {
-                self.note(link)?;
+                self.note(link.ifindex, link)?;
+                // XDP on a bond runs on its ports, and is told their numbers.
+                let ports = links.iter().filter(|l| l.master == Some(link.ifindex) && l.port_kind == "bond");
+                for port in ports {
+                    self.note(port.ifindex, link)?;
+                }
             }
         }
         self.vlans(links)?;
+        self.without_tcx()?;
         let names = self.attached.values().map(|(name, hook)| (name.clone(), hook.name().to_owned())).collect();
         self.director.borrow_mut().interfaces = names;
+        Ok(())
+    }
+
+    /// Before Linux 6.6 tc has no links: named once, and in `rvs status`, with what it means.
+    fn without_tcx(&self) -> Result<(), String> {
+        let mut d = self.director.borrow_mut();
+        let dir = d.dataplane.dir().to_owned();
+        let filter = |a: &attach::Attached| a.link == 0 && a.ifindex != 0;
+        let is = attach::list(&dir).map_err(|e| shown(&e))?.iter().any(filter);
+        if is && d.warnings.insert(WITHOUT_TCX.to_owned()) {
+            tracing::warn!("{WITHOUT_TCX}");
+        } else if !is {
+            d.warnings.remove(WITHOUT_TCX);
+        }
         Ok(())
     }
 
@@ -341,29 +361,32 @@ impl Network {
         Err(errors.join("; "))
     }
 
-    fn note(&self, link: &Link) -> Result<(), String> {
+    /// Frames that come in by the interface of this number come to `link`.
+    fn note(&self, number: u32, link: &Link) -> Result<(), String> {
         let d = self.director.borrow();
         let ifaces = &d.dataplane.maps.ifaces;
-        let at = link.ifindex % ifaces.len();
+        let at = number % ifaces.len();
         let there = ifaces.get(at).map_err(|e| shown(&e))?;
-        if ![0, link.ifindex].contains(&there.number()) && self.attached.contains_key(&there.number()) {
+        if ![0, number].contains(&there.number()) && self.attached.contains_key(&there.number()) {
             return Err(format!(
                 "interface {} (number {}) falls together with number {} in the table of interfaces",
                 link.name,
-                link.ifindex,
+                number,
                 there.number()
             ));
         }
         let mac = link.mac.map(|m| m.0).unwrap_or_default();
         let flags = if link.kind == "veth" { iface::REDIRECT_BACK } else { 0 };
         let (lower, tag) = nexthop::vlan_of(link).unwrap_or_default();
-        let iface = Iface { lower, tag, ..Iface::new(link.ifindex, mac, flags, link.mtu) }.traced(d.tracing);
+        let iface = Iface { lower, tag, ..Iface::new(number, mac, flags, link.mtu) }.traced(d.tracing);
         if there != iface {
             ifaces.set(at, iface).map_err(|e| shown(&e))?;
         }
         Ok(())
     }
 }
+
+const WITHOUT_TCX: &str = "this kernel has no tcx (Linux 6.6 has): programs by tc are filters of the clsact qdisc, and go with it if somebody removes that";
 
 impl Stale {
     fn note(&mut self, event: &NetEvent) {

@@ -73,7 +73,7 @@ impl Editing {
     /// `nothing` is 0; who runs in BPF makes the verifier believe that it may be anything: in a loop it may.
     #[inline(always)]
     pub fn new(edit: Edit, l4: usize, header: u32, nothing: u32) -> Editing {
-        Editing { edit, l4, header, state: nothing, delta: Delta::default(), offer: 0 }
+        Editing { edit, l4, header, state: nothing, delta: Delta::default(), offer: nothing }
     }
     /// The change of the checksum, and what was offered; `None`: the packet is shorter than it says. Options that are cut short or lie about
     /// their length end the walk, as in the kernel.

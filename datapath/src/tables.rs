@@ -133,6 +133,11 @@ pub trait Tables {
     fn blur(&self, n: u32, _noise: u32) -> u32 {
         n
     }
+    /// The same for a whole word.
+    #[inline(always)]
+    fn blur_word(&self, n: u64, noise: u32) -> u64 {
+        u64::from(self.blur((n >> 32) as u32, noise)) << 32 | u64::from(self.blur(n as u32, noise))
+    }
 
     /// Step with 0, 1, ... until it says true or `count` is reached.
     fn walk<W: Walker<Self>>(&self, count: u32, walker: &mut W)
@@ -141,6 +146,10 @@ pub trait Tables {
 }
 
 /// A loop of many rounds: BPF runs it outside the program, by a helper.
+///
+/// Before Linux 6.8 the verifier goes through such a round once, with the values before the first one, and a branch that those never take is
+/// gone from the program. So what a round both reads and changes has to begin with a value that the verifier does not know
+/// ([`Tables::blur`]).
 pub trait Walker<T> {
     /// True: done.
     fn step(&mut self, t: &T, i: u32) -> bool;

@@ -19,7 +19,7 @@ use aya_ebpf::bindings::{
     __sk_buff, BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6, TC_ACT_SHOT, TC_ACT_UNSPEC,
 };
 use aya_ebpf::btf_maps::HashMap;
-use aya_ebpf::helpers::bpf_skb_adjust_room;
+use aya_ebpf::helpers::{bpf_skb_adjust_room, bpf_skb_change_proto};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use rvs_datapath::csum::Delta;
@@ -90,11 +90,34 @@ fn clamp<I: Ip>(packet: &mut Skb, most: u16) {
 fn unwrap(packet: &mut Skb, skb: *mut __sk_buff, opened: Opened) -> i32 {
     let inner = if opened.ethertype == 0x0800 { BPF_F_ADJ_ROOM_DECAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_DECAP_L3_IPV6 };
     // SAFETY: the context of this program.
-    if unsafe { bpf_skb_adjust_room(skb, -(opened.outer as i32), BPF_ADJ_ROOM_MAC, inner as u64) } != 0 {
+    if unsafe { bpf_skb_adjust_room(skb, -(opened.outer as i32), BPF_ADJ_ROOM_MAC, inner as u64) } != 0
+        && !unwrap_by_hand(skb, opened)
+    {
         return TC_ACT_SHOT as i32;
     }
     packet.reread();
     let Some(mut w) = packet.window(ETHERTYPE + 2) else { return TC_ACT_SHOT as i32 };
     w.w16(ETHERTYPE, opened.ethertype.to_be());
     TC_ACT_UNSPEC as i32
+}
+
+/// What a change of the family adds to the packet, or takes from it: its headers are 20 and 40 bytes long.
+const CHANGE: i32 = 20;
+
+/// Linux before 6.3 does not know the flag that says of which family the inner packet is. There a packet is made one of that family first, which
+/// makes its outer header longer or shorter.
+#[inline(always)]
+fn unwrap_by_hand(skb: *mut __sk_buff, opened: Opened) -> bool {
+    let ethertype = opened.ethertype.to_be();
+    // SAFETY: the context of this program, and a field of it.
+    unsafe {
+        let mut outer = opened.outer as i32;
+        if (*skb).protocol != u32::from(ethertype) {
+            if bpf_skb_change_proto(skb, ethertype, 0) != 0 {
+                return false;
+            }
+            outer += if opened.ethertype == 0x0800 { -CHANGE } else { CHANGE };
+        }
+        bpf_skb_adjust_room(skb, -outer, BPF_ADJ_ROOM_MAC, 0) == 0
+    }
 }

@@ -1,5 +1,7 @@
 //! Waiting for a condition against a deadline: the only place of the project that sleeps.
 
+use std::env;
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,11 +11,21 @@ use crate::error::{Error, Result};
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const MAX_PAUSE: Duration = Duration::from_millis(50);
 
-/// Calls `look` until it is `Ok`, at least once, and for at most `deadline`.
+/// A machine that is so many times slower than others says so in this variable: all deadlines are longer there, by that much.
+pub const PATIENCE: &str = "RVS_PATIENCE";
+
+/// The deadline for this machine.
+pub fn patient(deadline: Duration) -> Duration {
+    static TIMES: OnceLock<u32> = OnceLock::new();
+    let times = TIMES.get_or_init(|| env::var(PATIENCE).ok().and_then(|t| t.parse().ok()).unwrap_or(1));
+    deadline.saturating_mul(*times)
+}
+
+/// Calls `look` until it is `Ok`, at least once, and for at most `deadline` (as [`patient`] has it).
 ///
 /// `look` returns what was found, or what it saw instead. A miss is [`Error::Timeout`] with the last thing seen.
 pub fn eventually<T>(what: &str, deadline: Duration, mut look: impl FnMut() -> Result<T, String>) -> Result<T> {
-    let start = Instant::now();
+    let (start, deadline) = (Instant::now(), patient(deadline));
     let mut pause = FIRST_PAUSE;
     loop {
         match look() {

@@ -21,7 +21,7 @@ mod topology;
 
 pub use director::{Director, Hook, Verdicts};
 pub use error::{Error, Result};
-pub use eventually::eventually;
+pub use eventually::{PATIENCE, eventually, patient};
 pub use lab::{Lab, NodeHandle, PREFIX, State};
 pub use process::Process;
 pub use topology::{Bridge, End, Link, Node, Route, Service, Topology};

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::eventually::patient;
 use crate::lab::NodeHandle;
 
 /// The name that a lab's DNS servers answer a TXT question for.
@@ -31,7 +32,7 @@ pub struct Load {
 
 impl Load {
     pub fn new(target: SocketAddr, requests: usize) -> Self {
-        Self { target, requests, concurrency: 8, timeout: Duration::from_secs(5) }
+        Self { target, requests, concurrency: 8, timeout: patient(Duration::from_secs(5)) }
     }
 }
 

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::eventually::eventually;
+use crate::eventually::{eventually, patient};
 use crate::load;
 use crate::netns::Netns;
 use crate::process::Process;
@@ -84,7 +84,8 @@ fn start_dns(name: &str, ns: &Netns, dir: &Path) -> Result<Process> {
     let process = Process::spawn("dnsmasq", ns, &mut command, dir)?;
     let target = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), DNS_PORT);
     wait_ready(&process, &format!("dnsmasq of {name}"), || {
-        let answer = ns.enter(|| load::ask_dns(target, Duration::from_millis(200))).map_err(|e| e.to_string())??;
+        let answer =
+            ns.enter(|| load::ask_dns(target, patient(Duration::from_millis(200)))).map_err(|e| e.to_string())??;
         if answer == name { Ok(()) } else { Err(format!("it calls itself {answer}")) }
     })?;
     Ok(process)

@@ -14,6 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::{Pid, geteuid};
 
+use crate::beside::cost;
 use report::{Report, Row};
 use rig::{ANY_FLOW, Case, DROP, Frame, Method, Order, PASS, Program, REDIRECT, Rig, Settings, TX, Version};
 
@@ -63,6 +64,9 @@ pub fn run(root: &Path, args: &[String]) -> Result<ExitCode> {
     print!("{text}");
     if write {
         let path = root.join(DOCUMENT);
+        // One section of it is another command's.
+        let against = std::fs::read_to_string(&path).map(|old| cost::section(&old)).unwrap_or_default();
+        let text = if against.is_empty() { text } else { cost::with_section(&text, &against) };
         std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
         println!("\nwritten: {DOCUMENT}");
     }

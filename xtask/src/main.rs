@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod beside;
 mod tidy;
 mod verify;
 mod vm;
@@ -19,6 +20,8 @@ usage: cargo xtask tidy     the rules of CONTRIBUTING.md that no compiler checks
                             the data plane's figures (as root; `./x bench` builds first). --quick: a few sizes, to see that it
                             works; --write: into docs/benchmarks.md too
        cargo xtask verify   every program through this kernel's verifier, with the steps that each takes (as root)
+       cargo xtask beside compare|cost
+                            kernel IPVS and RVS side by side (as root, where the kernel has ip_vs)
        cargo xtask vm [OPTION]... -- COMMAND [ARG]...
                             a command as root in a virtual machine with Debian 12's kernel (`./x setup vm` fetches it)";
 
@@ -39,6 +42,7 @@ fn run(task: Option<&str>, args: &[String]) -> Result<ExitCode> {
         Some("bench") => bench::run(&root()?, args),
         Some("count") => bench::count::run(&root()?, args),
         Some("verify") => verify::run(&root()?, args),
+        Some("beside") => beside::run(&root()?, args),
         Some("vm") => vm::run(&root()?, args),
         Some(other) => bail!("there is no task '{other}'\n{USAGE}"),
         None => bail!("{USAGE}"),

@@ -14,6 +14,9 @@ usage: cargo xtask vm [--icount] [--cpus N] [--memory MIB] [--seconds N] -- COMM
 /// What the first programs need to find the root: the bus, the file system, the layer of memory over it.
 const MODULES: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
 
+/// How many times longer than on a machine of metal things may take: loading programs, most of all.
+const SLOWER: u32 = 10;
+
 struct Options {
     icount: bool,
     cpus: u32,
@@ -116,11 +119,12 @@ fn boot(options: &Options, kernel: &Kernel, work: &Path, console: &Path) -> Resu
     if options.icount {
         qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
     } else {
-        qemu.args(["-accel", "tcg,thread=multi"]);
+        qemu.args(["-accel", "tcg,thread=multi,tb-size=512"]);
     }
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&initramfs);
-    // Without mitigations: their cost is the processor's, not the programs'.
-    let words = "console=ttyS0 panic=-1 oops=panic mitigations=off rvs_release=";
+    // Without mitigations: their cost is the processor's, not the programs'. And without what makes emulation slow: clearing of memory that
+    // is written anyway, and a fifth level of page tables.
+    let words = "console=ttyS0 panic=-1 oops=panic mitigations=off init_on_alloc=0 no5lvl rvs_release=";
     qemu.args(["-append", &format!("{words}{}", kernel.release)]);
     qemu.args(["-serial", &format!("file:{}", console.display()), "-serial", "stdio"]);
     qemu.args(["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"]);
@@ -143,7 +147,8 @@ fn script(command: &[String]) -> Result<String> {
             text += &format!("export {name}={}\n", quoted(&value));
         }
     }
-    text += "export HOME=/root RVS_VM=1\n";
+    // (rvs_lab::PATIENCE)
+    text += &format!("export HOME=/root RVS_PATIENCE={SLOWER} RVS_TIMEOUT={}\n", 60 * SLOWER);
     let words: Vec<String> = command.iter().map(|w| quoted(w)).collect();
     text += "stty -F /dev/ttyS1 raw -echo\n";
     text += &format!("(cd {} && {}) >/dev/ttyS1 2>&1 </dev/null\n", quoted(&shown(&here)), words.join(" "));

@@ -27,7 +27,8 @@ struct Walk<const RULE: u8> {
 
 #[inline(always)]
 pub fn pick<const RULE: u8, T: Tables>(t: &T, list: List) -> Option<u32> {
-    let mut walk = Walk::<RULE> { list, dest: 0, weight: 0, load: 0 };
+    let (dest, zero) = (t.blur(0, list.count), t.blur_word(0, list.count));
+    let mut walk = Walk::<RULE> { list, dest, weight: zero, load: zero };
     t.walk(list.count, &mut walk);
     (walk.dest != 0).then_some(walk.dest)
 }

@@ -12,7 +12,7 @@ struct Walk<const FULL: bool> {
 /// `FULL`: one with more active connections than its weight is passed over (ovf).
 #[inline(always)]
 pub fn pick<const FULL: bool, T: Tables>(t: &T, list: List) -> Option<u32> {
-    let mut walk = Walk::<FULL> { list, dest: 0, weight: 0 };
+    let mut walk = Walk::<FULL> { list, dest: 0, weight: t.blur(0, list.count) };
     t.walk(list.count, &mut walk);
     (walk.dest != 0).then_some(walk.dest)
 }

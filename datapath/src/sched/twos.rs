@@ -54,14 +54,15 @@ impl<T: Tables> Walker<T> for Draw {
 
 #[inline(always)]
 pub fn pick<T: Tables>(t: &T, list: List) -> Option<u32> {
-    let mut sum = Sum { list, total: 0, last: 0 };
+    let mut sum = Sum { list, total: t.blur(0, list.count), last: 0 };
     t.walk(list.count, &mut sum);
     if sum.last == 0 {
         return None;
     }
     // From 0 to the total, inclusive, as the kernel draws: the first dest has a chance more than its weight.
     let end = u64::from(sum.total) + 1;
-    let draw = || Choice { left: ((u64::from(t.random()) * end) >> 32) as i64, dest: 0, weight: 0 };
+    let nobody = t.blur(0, list.count);
+    let draw = || Choice { left: ((u64::from(t.random()) * end) >> 32) as i64, dest: nobody, weight: 0 };
     let mut two = Draw { list, one: draw(), other: draw() };
     t.walk(list.count, &mut two);
     let (one, other) = (two.one, two.other);

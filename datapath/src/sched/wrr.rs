@@ -16,8 +16,8 @@ struct Walk {
     current: u32,
     divisor: u32,
     largest: u32,
-    /// A pass for the smallest weight is over, or under way: nobody after it.
-    last_pass: bool,
+    /// Not 0: a pass for the smallest weight is over, or under way: nobody after it.
+    last_pass: u32,
     dest: u32,
 }
 
@@ -40,7 +40,7 @@ pub fn pick<T: Tables>(t: &T, index: u32, list: List) -> Option<u32> {
             current: (old >> 32) as u32,
             divisor: head.dest,
             largest: head.weight,
-            last_pass: false,
+            last_pass: t.blur(0, list.count),
             dest: 0,
         };
         if walk.current == 0 || walk.current > walk.largest {
@@ -66,10 +66,10 @@ impl<T: Tables> Walker<T> for Walk {
             // The end of the list: the next weight level.
             w.place = t.blur(0, w.current);
             if w.current <= w.divisor {
-                if w.last_pass {
+                if w.last_pass != 0 {
                     return true;
                 }
-                w.last_pass = true;
+                w.last_pass = 1;
                 w.current = w.largest;
             } else {
                 w.current -= w.divisor;

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod defence;
+mod devices;
 mod flooded;
 mod fragments;
 mod layouts;
@@ -42,6 +43,7 @@ fn main() {
         sctp::tests(),
         bad_input::tests(),
         defence::tests(),
+        devices::tests(),
         proxied::tests(),
         scale::tests(),
         seen::tests(),
