@@ -32,8 +32,9 @@ const TIMES: u64 = 8;
 /// may be slower without a fault of ours.
 const STALL: Duration = Duration::from_secs(5);
 const PORT: u16 = 9000;
-/// New connections at a time.
+/// New connections at a time, and how long one may take.
 const HONEST: usize = 100;
+const PATIENT: Duration = Duration::from_secs(30);
 /// What the two ends say to each other in turn: a block, and the same back; each flow so often.
 const BLOCK: usize = 1024;
 const PAUSE: Duration = Duration::from_millis(50);
@@ -104,16 +105,18 @@ fn attack(lab: &Lab, rvs: &Director<'_>, target: SocketAddr, web: SocketAddr) ->
     for (to, what, acks) in [(target, "faked handshakes", true), (web, "SYNs answered with cookies", false)] {
         let sent = AtomicU64::new(0);
         flood_while(lab, rvs, to, acks, what, &sent, || {
-            let mut answered = 0;
+            let (mut answered, mut failed, mut failures) = (0, 0, Vec::new());
             while sent.load(Relaxed) < 2 * TABLE || answered < 5 * HONEST {
                 // (How long they take is the machine's business: packets are lost where the flood has filled a queue.)
-                let load = Load { timeout: LONG, ..Load::new(web, HONEST) };
+                let load = Load { timeout: PATIENT, ..Load::new(web, HONEST) };
                 let report = load::http(lab.node("client")?, &load, &|_| {})?;
-                check(report.failed == 0, || format!("{web}: {report}; {:?}", rvs.verdicts()))?;
-                answered += report.answered();
+                (answered, failed) = (answered + report.answered(), failed + report.failed);
+                failures.extend(report.failures);
             }
-            println!("new connections meanwhile: {answered} answered, none failed");
-            Ok(())
+            println!("new connections meanwhile: {answered} answered, {failed} failed {failures:?}");
+            // A flood of new entries may take the place of one that has just been made, and is half-open still.
+            let most = if acks { answered / 50 } else { 0 };
+            check(failed <= most, || format!("{web}: {failed} failed, {answered} answered: {failures:?}"))
         })?;
     }
     Ok(())
