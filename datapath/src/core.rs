@@ -153,6 +153,9 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
         }
         _ => {}
     }
+    if stage == Stage::Large {
+        return fragments::large(t, number);
+    }
     // What the packet says is kept when it may begin a flow.
     let (kept, cookie) = match stage {
         Stage::Far
@@ -192,6 +195,8 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::Far => whole(p, t, flow, stage),
         Stage::FarReply => reply_apart(p, t, flow),
         Stage::Fragment => fragments::later(p, t, flow),
+        Stage::Early => fragments::early(t, flow),
+        Stage::Elsewhere => fragments::elsewhere(t, flow, number),
         Stage::Retire => retire(t, flow),
         Stage::Linked => linked(p, t, flow, number),
         Stage::Forward | Stage::Anew => forward(p, t, flow, number),
@@ -215,7 +220,12 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
 #[inline(always)]
 pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u32) -> Verdict {
     match stage {
-        Stage::First => first(t, flow),
+        Stage::First => {
+            let verdict = first(t, flow);
+            // Those after it may have come before it, and wait.
+            let tells = flow.part.is_first() && verdict.is_up() && t.takes();
+            if tells { Verdict::go(Stage::Elsewhere, verdict.word() as u32) } else { verdict }
+        }
         Stage::Note => fragments::first_fragment(t, flow),
         Stage::Enter => enter(t, flow, number),
         Stage::Link => link(I::conns(t), flow, number),
@@ -620,11 +630,13 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
     // As large as an Ethernet frame, where nobody says otherwise.
     let room = if mtu == 0 { 1500 } else { mtu }.saturating_sub(overhead);
     if flow.len > room && t.sized() {
-        return if I::may_fragment(p) || reason != Reason::Tunnel {
-            drop(Reason::TooBig)
-        } else {
-            Verdict::go(Stage::TooBig, room)
-        };
+        let cuts = I::may_fragment(p);
+        if cuts && reason == Reason::Tunnel && t.takes() {
+            // Its parts come by here again, and are counted then.
+            t.uncount_in(index, flow.len);
+            return Verdict::go(Stage::Large, room);
+        }
+        return if cuts || reason != Reason::Tunnel { drop(Reason::TooBig) } else { Verdict::go(Stage::TooBig, room) };
     }
     let to = d.address;
     if !tunnel::wrap::<I, O, P>(p, flow, &by, &to, &hop) {
@@ -720,7 +732,7 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     let c = I::conns(t);
     if flow.part.is_later() {
         let frag::Found::Note(note) = t.find_note(&fragments::datagram(&flow)) else { return None };
-        if !note.reply || flow.part.at() < note.end {
+        if note.kind != frag::Kind::Reply || flow.part.at() < note.end {
             return None;
         }
         t.count_out(note.dest, flow.len);
