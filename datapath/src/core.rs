@@ -220,12 +220,7 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
 #[inline(always)]
 pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u32) -> Verdict {
     match stage {
-        Stage::First => {
-            let verdict = first(t, flow);
-            // Those after it may have come before it, and wait.
-            let tells = flow.part.is_first() && verdict.is_up() && t.takes();
-            if tells { Verdict::go(Stage::Elsewhere, verdict.word() as u32) } else { verdict }
-        }
+        Stage::First => fragments::after_first(t, flow, first(t, flow)),
         Stage::Note => fragments::first_fragment(t, flow),
         Stage::Enter => enter(t, flow, number),
         Stage::Link => link(I::conns(t), flow, number),

@@ -121,6 +121,14 @@ pub(super) fn early<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     drop(if t.hand(Some(&datagram(flow)), 0) { Reason::FragmentHeld } else { Reason::FragmentFlood })
 }
 
+/// What may be the first packet of a connection, with its verdict. If it is a first fragment that is none of ours, those after it may have come before it,
+/// and wait: it goes on in a stage that tells them.
+#[inline(always)]
+pub(super) fn after_first<I: Ip, T: Tables>(t: &T, flow: &Flow<I>, verdict: Verdict) -> Verdict {
+    let tells = flow.part.is_first() && verdict.is_up() && t.takes();
+    if tells { Verdict::go(Stage::Elsewhere, verdict.word() as u32) } else { verdict }
+}
+
 /// A first fragment that is none of ours, as the verdict says whose low half this is: those that are held for it are, too.
 #[inline(always)]
 pub(super) fn elsewhere<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, verdict: u32) -> Verdict {
