@@ -1,11 +1,11 @@
 //! The way of fragments: see [`crate::frag`].
 
 use super::{forward, is_nat, server, starts_anew};
-use crate::abi::{Dest, Hop, dest, watched};
+use crate::abi::{Dest, HANDED_MAX, Hop, dest, watched};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found};
 use crate::frag::{self, Kind, Note};
-use crate::packet::{Flow, Ip, Packet};
+use crate::packet::{Flow, Ip, L3, Packet};
 use crate::tables::{Of, Route, Tables};
 use crate::verdict::{Reason, Stage, Verdict, drop, pass};
 use crate::xmit;
@@ -118,7 +118,8 @@ pub(super) fn early<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     if !may_be_ours(t, flow) {
         return pass(Reason::Fragment);
     }
-    drop(if t.hand(Some(&datagram(flow)), 0) { Reason::FragmentHeld } else { Reason::FragmentFlood })
+    let fits = flow.len + L3 as u32 <= HANDED_MAX;
+    drop(if fits && t.hand(Some(&datagram(flow)), 0) { Reason::FragmentHeld } else { Reason::FragmentFlood })
 }
 
 /// What may be the first packet of a connection, with its verdict. If it is a first fragment that is none of ours, those after it may have come before it,
