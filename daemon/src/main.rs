@@ -6,6 +6,7 @@ mod answer;
 mod director;
 mod network;
 mod options;
+mod parts;
 mod rates;
 mod socket;
 mod trace;
@@ -96,9 +97,13 @@ async fn run(options: Options) -> Result<(), String> {
     tokio::task::spawn_local(socket::serve(listener, director.clone(), changed.clone()));
     tokio::task::spawn_local(network.follow(changed.clone()));
     tokio::task::spawn_local(ticks(director.clone(), checked.clone()));
+    tokio::task::spawn_local(parts::run(director.clone()));
     tokio::task::spawn_local(firewall(director.clone(), checked));
     ready(&options.socket, &pin, &director.borrow(), adopted);
     stopped().await?;
+    if let Err(error) = director.borrow().dataplane.maps.take_for(0) {
+        tracing::warn!(error = %shown(&error), "the programs go on handing packets over for some seconds");
+    }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let _ = std::fs::remove_file(&options.socket);
     if options.teardown {

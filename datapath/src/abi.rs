@@ -19,8 +19,8 @@ pub const VERSION: u64 = {
     hash
 };
 
-/// Names of the maps, as in the programs and in the pin folder. All but [`map::SERVICE_KEYS`], [`map::TIMER`] and [`map::TRACE_RING`] are
-/// arrays of one value, which holds all entries one after the other, each of whole 8-byte words: programs and user space reach
+/// Names of the maps, as in the programs and in the pin folder. All but [`map::SERVICE_KEYS`], [`map::WATCHED`], [`map::TIMER`] and the
+/// rings are arrays of one value, which holds all entries one after the other, each of whole 8-byte words: programs and user space reach
 /// them in memory. The number of entries is a power of two.
 pub mod map {
     /// [`crate::ct`] words of IPv4 flows, by bucket.
@@ -82,6 +82,16 @@ pub mod map {
     /// Ring buffer of [`super::Traced`], each followed by the first bytes of its packet. It is not pinned: each load of the programs
     /// has one of its own.
     pub const TRACE_RING: &str = "TRACE_RING";
+    /// HASH [`super::ServiceKey`] of which only address and family count -> u64: bits [`super::watched`].
+    pub const WATCHED: &str = "WATCHED";
+    /// [`super::Taker`], one entry.
+    pub const TAKER: &str = "TAKER";
+    /// [`super::HandRoom`], one for each CPU.
+    pub const HAND_ROOM: &str = "HAND_ROOM";
+    /// Ring buffers of [`super::Handed`], each followed by its packet: fragments that came before their first one, and packets to be cut. Two,
+    /// so that a flood of the one leaves the other alone. Not pinned, as [`TRACE_RING`].
+    pub const EARLY_RING: &str = "EARLY_RING";
+    pub const LARGE_RING: &str = "LARGE_RING";
 }
 
 /// One entry.
@@ -507,6 +517,53 @@ pub mod fragment {
     pub const SOURCE: u32 = 6;
     pub const DESTINATION: u32 = 8;
 }
+/// Bits of a value of WATCHED.
+pub mod watched {
+    /// What comes for the address may be ours: it is a virtual address, or one of FULLNAT's local ones.
+    pub const DESTINATION: u64 = 1;
+    /// What comes from it may be: it is a real server whose replies go by us.
+    pub const SOURCE: u64 = 2;
+}
+/// Addresses that can be watched.
+pub const WATCHED_MAX: u32 = 1 << 17;
+
+/// Whether the daemon takes what it is handed ([`Handed`]).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taker {
+    /// Up to this second of [`Clock::now_s`]: nothing is handed to a daemon that is gone.
+    pub until_s: u64,
+}
+
+/// A packet that is handed to the daemon, which sends it through the programs again when it is time: its bytes follow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Handed {
+    /// Of which datagram, as in [`crate::frag::Key`].
+    pub addresses: [u64; 4],
+    pub rest: u64,
+    /// Interface that it counts as come in by.
+    pub ifindex: u32,
+    /// How long its parts may be (the IP packets), of what is to be cut; else 0.
+    pub room: u32,
+    /// Length of the frame.
+    pub len: u32,
+    pub spare: u32,
+}
+
+/// Longest frame that is handed over: BPF_PROG_TEST_RUN, by which it comes back, takes no longer one (a page, without what Linux 6.1 puts beside it).
+pub const HANDED_MAX: u32 = 3072;
+/// Room for one (a power of two).
+pub const HANDED_BYTES: usize = 4096;
+
+/// Where a CPU puts such a packet together.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HandRoom {
+    pub head: Handed,
+    pub bytes: [u8; HANDED_BYTES],
+}
+
 /// Room for the programs' own structures.
 pub const SCRATCH_WORDS: usize = 64;
 
@@ -579,5 +636,7 @@ const _: () = {
     assert!(size_of::<Hop>() == 16);
     assert!(size_of::<Trace>() == 16 + 32 + 4 + 4);
     assert!(size_of::<Traced>() == 32);
+    assert!(size_of::<Handed>() == 40 + 16);
+    assert!(size_of::<HandRoom>() == 56 + HANDED_BYTES);
     assert!(size_of::<TraceRoom>() == 8 + 32 + TRACE_BYTES);
 };

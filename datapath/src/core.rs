@@ -155,6 +155,9 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
         }
         _ => {}
     }
+    if stage == Stage::Large {
+        return fragments::large(t, number);
+    }
     // What the packet says is kept when it may begin a flow.
     let (kept, cookie) = match stage {
         Stage::Far
@@ -194,6 +197,8 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::Far => whole(p, t, flow, stage),
         Stage::FarReply => reply_apart(p, t, flow),
         Stage::Fragment => fragments::later(p, t, flow),
+        Stage::Early => fragments::early(t, flow),
+        Stage::Elsewhere => fragments::elsewhere(t, flow, number),
         Stage::Retire => retire(t, flow),
         Stage::Linked => linked(p, t, flow, number),
         Stage::Forward | Stage::Anew => forward(p, t, flow, number),
@@ -217,7 +222,7 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
 #[inline(always)]
 pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u32) -> Verdict {
     match stage {
-        Stage::First => first(t, flow),
+        Stage::First => fragments::after_first(t, flow, first(t, flow)),
         Stage::Note => fragments::first_fragment(t, flow),
         Stage::Enter => enter(t, flow, number),
         Stage::Link => link(I::conns(t), flow, number),
@@ -625,8 +630,14 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
     let to = d.address;
     match tunnelled::<I, O, P>(p, flow, &by, &to, &hop, mtu, reason) {
         Ok(verdict) => verdict,
-        Err(_) if I::may_fragment(p) || reason != Reason::Tunnel => drop(Reason::TooBig),
-        Err(room) => Verdict::go(Stage::TooBig, room),
+        Err(_) if reason != Reason::Tunnel => drop(Reason::TooBig),
+        Err(room) if !I::may_fragment(p) => Verdict::go(Stage::TooBig, room),
+        Err(room) if t.takes() => {
+            // Its parts come by here again, and are counted then.
+            t.uncount_in(index, flow.len);
+            Verdict::go(Stage::Large, room)
+        }
+        Err(_) => drop(Reason::TooBig),
     }
 }
 
@@ -739,7 +750,7 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     let c = I::conns(t);
     if flow.part.is_later() {
         let frag::Found::Note(note) = t.find_note(&fragments::datagram(&flow)) else { return None };
-        if !note.reply || flow.part.at() < note.end {
+        if note.kind != frag::Kind::Reply || flow.part.at() < note.end {
             return None;
         }
         t.count_out(note.dest, flow.len);

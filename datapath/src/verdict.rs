@@ -82,6 +82,12 @@ pub enum Stage {
     /// A client's packet of a connection whose server has not acknowledged its PROXY header; the number is the slot of its forward entry
     /// (or see [`crate::proxy::TURNED`]).
     Announce = 30,
+    /// A fragment that came before the first one of its datagram.
+    Early = 31,
+    /// A first fragment that is none of ours: those after it are told. The number is the low half of its verdict.
+    Elsewhere = 32,
+    /// Too large for a tunnel, and to be cut: its parts may have as many bytes as the number says.
+    Large = 33,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -162,6 +168,9 @@ impl Verdict {
             28 => Stage::Challenge,
             29 => Stage::Knock,
             30 => Stage::Announce,
+            31 => Stage::Early,
+            32 => Stage::Elsewhere,
+            33 => Stage::Large,
             _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -174,6 +183,11 @@ impl Verdict {
             UP => Action::Up,
             _ => Action::Drop,
         }
+    }
+    /// Up to the kernel, and no further stage.
+    #[inline(always)]
+    pub fn is_up(self) -> bool {
+        self.0 >> 8 == UP
     }
     /// Out of a VLAN device ([`hop::VLAN`]), of a packet that goes no further?
     #[inline(always)]
@@ -229,6 +243,8 @@ pub enum Kind {
     /// An answer of our own.
     Answer,
     Pass,
+    /// Handed to rvsd: it comes again.
+    Held,
     Drop,
 }
 
@@ -256,18 +272,21 @@ reasons! {
     Icmp "icmp" Pass "ICMP: the kernel answers or forwards";
     Options "ip_options" Pass "more extension headers than are looked through: left to the kernel";
     SourceRoute "source_route" Pass "a routing header says that this is not its last destination: left to the kernel";
-    Fragment "fragment" Pass "a fragment of ICMP, or of a datagram whose first fragment was none of ours or has not come yet";
+    Fragment "fragment" Pass "a fragment of ICMP, or of a datagram whose first fragment was none of ours; or that has not come yet, and rvsd is not there to hold it";
     ShortTransport "short_transport" Pass "TCP, UDP or SCTP header cut short or too small: left to the kernel";
     NoService "no_service" Pass "no virtual service has this address and port";
     NotLocal "not_local" Pass "the virtual address is not one of this host's (a backup director?)";
     NoConnection "no_connection" Pass "TCP or SCTP to a virtual service, but not a SYN or INIT, and of no known connection";
     ReplyTtl "reply_ttl" Pass "a reply whose TTL is used up: the kernel answers the real server";
+    FragmentHeld "fragment_held" Held "a fragment that came before the first one of its datagram: rvsd holds it until then";
+    Cut "cut" Held "too large for the tunnel, and allowed to be fragmented: rvsd cuts it into parts that fit";
     Short "short" Drop "IP header cut short";
     Malformed "malformed" Drop "IP version, header length or total length are wrong";
     FragmentTiny "fragment_tiny" Drop "a first fragment without the whole of the TCP, UDP or SCTP header";
     FragmentOverlap "fragment_overlap" Drop "a fragment that reaches into the first one";
     FragmentSctp "fragment_sctp" Drop "a fragment of SCTP by NAT to another port: its checksum is over the whole datagram";
     FragmentConflict "fragment_conflict" Drop "a fragment of two datagrams with the same id that go different ways";
+    FragmentFlood "fragment_flood" Drop "a fragment that came before the first one of its datagram: more of them than rvsd can be handed, or too long";
     Extensions "extension_headers" Drop "IPv6 extension headers that end behind the packet's end";
     Martian "martian_source" Drop "a source address that no client can have";
     TableFull "table_full" Drop "connection table full of flows that must not be evicted";
@@ -286,7 +305,7 @@ reasons! {
     NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";
     TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second, or a fragment that is not the first";
     NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
-    TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, which is not done here: raise the MTU towards the real servers";
+    TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, but rvsd, which does that, is not there or has too much of it to do: raise the MTU towards the real servers";
     TooBigLimited "too_big_limited" Drop "too large for the tunnel: not answered, too many ICMP errors this second";
     LoopbackDest "loopback_dest" Drop "the real server is a loopback address of this host, where no packet from outside may go: use -g, or another address";
     Internal "internal" Drop "a table of the data plane is missing an entry (a bug)";

@@ -133,6 +133,7 @@ pub fn find_note(key: &frag::Key) -> Found {
     match frag_find() {
         0 => Found::None,
         1 => Found::Conflict,
+        2 => Found::Elsewhere,
         // SAFETY: as above.
         _ => Found::Note(unsafe { (*s).note }),
     }
@@ -154,10 +155,11 @@ pub extern "C" fn frag_find() -> u32 {
     match unsafe { frag::find(&t, &(*s).datagram, t.conns4().now_s()) } {
         Found::None => 0,
         Found::Conflict => 1,
+        Found::Elsewhere => 2,
         Found::Note(note) => {
             // SAFETY: as above.
             unsafe { (*s).note = note };
-            2
+            3
         }
     }
 }

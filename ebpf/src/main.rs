@@ -8,6 +8,7 @@ mod calls;
 mod ctx;
 mod flat;
 mod gap;
+mod hand;
 mod maps;
 mod object;
 mod skb;

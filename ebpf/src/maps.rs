@@ -22,6 +22,7 @@ use rvs_datapath::verdict::{COUNTERS, Verdict};
 use crate::calls;
 use crate::ctx::forget;
 use crate::flat::{constant, cpu, flat};
+use crate::hand::{self, From};
 use crate::words::Table;
 
 // By the sizes that the loader gives.
@@ -240,6 +241,19 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         }
     }
     #[inline(always)]
+    fn watched<I: Ip>(&self, address: I::Addr) -> u64 {
+        hand::watched(I::bytes(address), I::FAMILY)
+    }
+    #[inline(always)]
+    fn takes(&self) -> bool {
+        hand::taken()
+    }
+    #[inline(always)]
+    fn hand(&self, early: Option<&frag::Key>, room: u32) -> bool {
+        let from = if SKB { From::Skb(self.ctx as *mut _) } else { From::Xdp(self.ctx as *mut _) };
+        hand::hand(from, early, self.ifindex, room)
+    }
+    #[inline(always)]
     fn rate(&self, place: u32) -> u64 {
         // SAFETY: a valid value, read as a whole word.
         unsafe { Rates::at(place).read_volatile() }
@@ -329,6 +343,15 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         unsafe {
             (*s).stats.packets_in += 1;
             (*s).stats.bytes_in += bytes as u64;
+        }
+    }
+    #[inline(always)]
+    fn uncount_in(&self, dest: u32, bytes: u32) {
+        let s = DestStats::mine(dest);
+        // SAFETY: see above.
+        unsafe {
+            (*s).stats.packets_in -= 1;
+            (*s).stats.bytes_in -= bytes as u64;
         }
     }
     #[inline(always)]

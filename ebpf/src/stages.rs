@@ -16,7 +16,7 @@ macro_rules! call {
      [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
       $too_big:ident $related:ident $error_tunnel:ident $fullnat:ident $introduce:ident $fullnat_reply:ident
       $reply_options:ident $fullnat_send:ident $far:ident $fragment:ident $error_lent:ident $far_reply:ident
-      $challenge:ident $knock:ident $announce:ident $error_outer:ident]) => {
+      $challenge:ident $knock:ident $announce:ident $error_outer:ident $aside:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::$first(),
@@ -49,6 +49,10 @@ macro_rules! call {
             Stage::Fragment => $fragment($ctx),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),
+            Stage::Early | Stage::Elsewhere | Stage::Large => {
+                $crate::calls::go_on(rvs_datapath::verdict::Verdict::go($stage, $number));
+                $aside($ctx)
+            }
         })
     };
 }
@@ -70,6 +74,27 @@ pub fn on(word: u64, near: impl FnOnce(Stage, u32) -> Option<u64>, gate: impl Fn
     calls::go_on(verdict);
     Verdict::from_word(gate())
 }
+
+/// A program behind a gate of the further stages: what few packets need.
+macro_rules! aside {
+    ($gate:ident($context:ty: $kind:ty), $programs:ident, $number:literal, $name:ident, $section:literal, $run:expr) => {
+        $crate::stages::gate!($gate($context: $kind), $programs, $number);
+        #[unsafe(no_mangle)]
+        #[unsafe(link_section = $section)]
+        pub extern "C" fn $name(ctx: *mut $context) -> u64 {
+            let Some((stage, number)) = $crate::calls::gone_on().next() else { return $crate::stages::closed() };
+            let run = $run;
+            // By constants: of each run only that stage is left.
+            match stage {
+                Stage::Early => run(ctx, Stage::Early, number),
+                Stage::Elsewhere => run(ctx, Stage::Elsewhere, number),
+                Stage::Large => run(ctx, Stage::Large, number),
+                _ => $crate::stages::closed(),
+            }
+        }
+    };
+}
+pub(crate) use aside;
 
 /// A gate: behind it are the further stages of a family, a program of their own, which the verifier sees by itself (its limit of steps is one for each
 /// program). It goes there by a tail call, which takes the place of the function that it is in: what the program returns, all 64 bits of R0, is

@@ -16,7 +16,7 @@ use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 use crate::calls;
 use crate::maps::{self, Maps, NEXT_HOP};
 use crate::skb::Skb;
-use crate::stages::{call, gate, on};
+use crate::stages::{aside, call, gate, on};
 use crate::trace;
 
 const IPV4: u32 = 0x0800u16.to_be() as u32;
@@ -140,7 +140,7 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
 
 /// Where the programs of further stages are, by their gates' numbers: the loader fills it.
 #[btf_map]
-static TC_GATES: ProgramArray<2> = ProgramArray::new();
+static TC_GATES: ProgramArray<4> = ProgramArray::new();
 
 macro_rules! further {
     ($gate:ident, $number:literal, $name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
@@ -155,11 +155,19 @@ macro_rules! further {
 further!(tc_further4, 0, rvs_tc_further4, tc_whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
     [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4
      tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_error_lent4 tc_far_reply4
-     tc_challenge4 tc_knock4 tc_announce4 tc_error_outer4]);
+     tc_challenge4 tc_knock4 tc_announce4 tc_error_outer4 tc_aside4]);
 further!(tc_further6, 1, rvs_tc_further6, tc_whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
     [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6
      tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_error_lent6 tc_far_reply6
-     tc_challenge6 tc_knock6 tc_announce6 tc_error_outer6]);
+     tc_challenge6 tc_knock6 tc_announce6 tc_error_outer6 tc_aside6]);
+
+macro_rules! run {
+    ($family:ty) => {
+        |skb, stage, number| core::run::<$family, _, _>(&mut Skb::new(skb), &tables(skb), stage, number).word()
+    };
+}
+aside!(tc_aside4(__sk_buff: TcContext), TC_GATES, 2, rvs_tc_aside4, "classifier", run!(V4));
+aside!(tc_aside6(__sk_buff: TcContext), TC_GATES, 3, rvs_tc_aside6, "classifier", run!(V6));
 
 macro_rules! stages {
     ($($four:ident $six:ident($($number:ident)?) $stage:ident;)*) => { $(

@@ -19,7 +19,7 @@ use rvs_datapath::vlan::{self, Tags};
 use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
-use crate::stages::{call, gate, on};
+use crate::stages::{aside, call, gate, on};
 use crate::trace;
 
 /// The whole of an XDP program.
@@ -149,7 +149,7 @@ near! {
 
 /// Where the programs of further stages are, by their gates' numbers: the loader fills it.
 #[btf_map]
-static XDP_GATES: ProgramArray<2> = ProgramArray::new();
+static XDP_GATES: ProgramArray<4> = ProgramArray::new();
 
 macro_rules! further {
     ($gate:ident, $number:literal, $name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
@@ -164,10 +164,23 @@ macro_rules! further {
 }
 further!(further4, 0, rvs_further4, whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
     [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4
-     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4 announce4 error_outer4]);
+     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4 announce4 error_outer4 aside4]);
 further!(further6, 1, rvs_further6, whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
     [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6
-     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6 announce6 error_outer6]);
+     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6 announce6 error_outer6 aside6]);
+
+macro_rules! run {
+    ($family:ty) => {
+        |ctx, stage, number| {
+            let ctx = XdpContext::new(ctx);
+            let mut packet = Xdp::by(&ctx, arrived_by(&ctx));
+            let maps = Maps::of(&ctx, packet.ifindex());
+            core::run::<$family, _, _>(&mut packet, &maps, stage, number).word()
+        }
+    };
+}
+aside!(aside4(xdp_md: XdpContext), XDP_GATES, 2, rvs_aside4, "xdp", run!(V4));
+aside!(aside6(xdp_md: XdpContext), XDP_GATES, 3, rvs_aside6, "xdp", run!(V6));
 
 /// The interface that a frame counts as come in by.
 #[inline(always)]

@@ -19,8 +19,8 @@ type Gates = (&'static str, &'static [&'static str]);
 /// All of them.
 pub const GATES: [Gates; 2] = [XDP, TC];
 
-const XDP: Gates = ("XDP_GATES", &["rvs_further4", "rvs_further6"]);
-const TC: Gates = ("TC_GATES", &["rvs_tc_further4", "rvs_tc_further6"]);
+const XDP: Gates = ("XDP_GATES", &["rvs_further4", "rvs_further6", "rvs_aside4", "rvs_aside6"]);
+const TC: Gates = ("TC_GATES", &["rvs_tc_further4", "rvs_tc_further6", "rvs_tc_aside4", "rvs_tc_aside6"]);
 
 /// The gates of a program.
 fn gates(program: &str) -> Option<Gates> {

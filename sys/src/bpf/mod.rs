@@ -6,6 +6,7 @@ mod conns;
 mod decap;
 mod flat;
 mod gates;
+pub mod parts;
 mod peers;
 pub mod programs;
 mod raw;
@@ -80,7 +81,10 @@ plain!(
     abi::Stats,
     abi::Trace,
     abi::Traced,
-    abi::TraceRoom
+    abi::TraceRoom,
+    abi::Taker,
+    abi::Handed,
+    abi::HandRoom
 );
 
 #[repr(transparent)]
@@ -230,24 +234,32 @@ impl<T: Plain> PerCpu<T> {
     }
 }
 
-/// The index of services.
-pub struct Keys(HashMap<MapData, P<ServiceKey>, u64>);
+/// The index of services, or of watched addresses.
+pub struct Keys {
+    name: &'static str,
+    map: HashMap<MapData, P<ServiceKey>, u64>,
+}
 impl Keys {
+    fn open(dir: &Path, name: &'static str) -> Result<Keys> {
+        let map = MapData::from_pin(dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
+        let map = HashMap::try_from(aya::maps::Map::HashMap(map)).map_err(failed(format!("map {name}")))?;
+        Ok(Keys { name, map })
+    }
     pub fn get(&self, key: ServiceKey) -> Result<Option<u64>> {
-        match self.0.get(&P(key), 0) {
+        match self.map.get(&P(key), 0) {
             Ok(value) => Ok(Some(value)),
             Err(aya::maps::MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(failed(format!("map {}, look up", map::SERVICE_KEYS))(error)),
+            Err(error) => Err(failed(format!("map {}, look up", self.name))(error)),
         }
     }
     pub fn insert(&mut self, key: ServiceKey, value: u64) -> Result<()> {
-        self.0.insert(P(key), value, 0).map_err(failed(format!("map {}, insert", map::SERVICE_KEYS)))
+        self.map.insert(P(key), value, 0).map_err(failed(format!("map {}, insert", self.name)))
     }
     pub fn remove(&mut self, key: ServiceKey) -> Result<()> {
-        self.0.remove(&P(key)).map_err(failed(format!("map {}, remove", map::SERVICE_KEYS)))
+        self.map.remove(&P(key)).map_err(failed(format!("map {}, remove", self.name)))
     }
     pub fn iter(&self) -> impl Iterator<Item = Result<(ServiceKey, u64)>> + '_ {
-        self.0.iter().map(|r| r.map(|(k, v)| (k.0, v)).map_err(failed(format!("map {}, list", map::SERVICE_KEYS))))
+        self.map.iter().map(|r| r.map(|(k, v)| (k.0, v)).map_err(failed(format!("map {}, list", self.name))))
     }
 }
 
@@ -258,6 +270,8 @@ pub struct Maps {
     pub ifaces: Table<Iface>,
     pub vlans: Table<abi::Vlan>,
     pub keys: Keys,
+    pub watched: Keys,
+    pub taker: Table<abi::Taker>,
     pub services: Table<abi::Service>,
     pub service_state: Table<abi::ServiceState>,
     pub dests: Table<abi::Dest>,
@@ -285,7 +299,10 @@ pub struct Dataplane {
     ebpf: Ebpf,
     pub maps: Maps,
     /// Where the programs tell of packets.
-    pub ring: Ring,
+    pub ring: Ring<abi::Traced>,
+    /// Where they hand packets over: fragments that came too early, packets to be cut.
+    pub early: Ring<abi::Handed>,
+    pub large: Ring<abi::Handed>,
     /// Programs that are loaded later name the maps by these open files.
     flat: Flat,
     dir: PathBuf,
@@ -307,16 +324,20 @@ impl Dataplane {
         std::fs::create_dir_all(dir).map_err(failed(format!("pin folder {}", dir.display())))?;
         let fresh = !dir.join(map::CONFIG).exists();
         let flat = if fresh { Flat::make(dir, sizes)? } else { Flat::adopt(dir)? };
-        let mut ebpf = load(object, dir, sizes, own, &flat)?;
+        let ebpf = load(object, dir, sizes, own, &flat)?;
         if fresh {
             flat.configure(dir)?;
         }
-        let (maps, ring) = (Maps::open(dir, &flat)?, Ring::of(&mut ebpf)?);
-        let mut dataplane = Dataplane { maps, ring, ebpf, flat, dir: dir.to_owned(), fresh };
+        let mut dataplane = Dataplane::over(ebpf, flat, dir, fresh)?;
         for name in programs {
             dataplane.program(name)?;
         }
         Ok(dataplane)
+    }
+    fn over(mut ebpf: Ebpf, flat: Flat, dir: &Path, fresh: bool) -> Result<Dataplane> {
+        let ring = Ring::of(&mut ebpf, map::TRACE_RING)?;
+        let (early, large) = (Ring::of(&mut ebpf, map::EARLY_RING)?, Ring::of(&mut ebpf, map::LARGE_RING)?);
+        Ok(Dataplane { maps: Maps::open(dir, &flat)?, ring, early, large, ebpf, flat, dir: dir.to_owned(), fresh })
     }
     /// Room for what FULLNAT keeps of its flows, if there is none yet: as long as no dest is by that method nobody looks at the single
     /// row that is there. The programs are loaded anew, over the new maps, and put in the place of those that run.
@@ -339,9 +360,8 @@ impl Dataplane {
         if made.is_empty() {
             return Ok(false);
         }
-        let mut ebpf = load(object, &self.dir, &sizes, &[], &flat)?;
-        let (maps, ring) = (Maps::open(&self.dir, &flat)?, Ring::of(&mut ebpf)?);
-        let mut next = Dataplane { maps, ring, ebpf, flat, dir: self.dir.clone(), fresh: false };
+        let ebpf = load(object, &self.dir, &sizes, &[], &flat)?;
+        let mut next = Dataplane::over(ebpf, flat, &self.dir, false)?;
         for name in ["rvs_start", "rvs_xdp", "rvs_pass"] {
             next.program(name)?;
         }
@@ -494,6 +514,8 @@ pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
         Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH6, 1),
         Shape::new::<abi::Trace>(map::TRACE, 1),
         Shape::per_cpu::<abi::TraceRoom>(map::TRACE_ROOM, 1),
+        Shape::new::<abi::Taker>(map::TAKER, 1),
+        Shape::per_cpu::<abi::HandRoom>(map::HAND_ROOM, 1),
         Shape::new::<Config>(map::CONFIG, 1),
     ])
 }
@@ -648,9 +670,9 @@ fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Fl
 }
 
 /// The maps that are not flat.
-const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
+const LOOKED_UP: [&str; 3] = [map::TIMER, map::SERVICE_KEYS, map::WATCHED];
 
-const ALL: [&str; 29] = [
+const ALL: [&str; 32] = [
     // The first: without its pin nobody takes the others for whole.
     map::CONFIG,
     map::CONN4,
@@ -681,19 +703,22 @@ const ALL: [&str; 29] = [
     map::SIDE6,
     map::TRACE,
     map::TRACE_ROOM,
+    map::WATCHED,
+    map::TAKER,
+    map::HAND_ROOM,
 ];
 
 impl Maps {
     fn open(dir: &Path, flat: &Flat) -> Result<Maps> {
         let config = flat.table::<Config>(map::CONFIG)?;
         let c = config.get(0)?;
-        let keys = MapData::from_pin(dir.join(map::SERVICE_KEYS)).map_err(failed("pinned map SERVICE_KEYS"))?;
-        let keys = HashMap::try_from(aya::maps::Map::HashMap(keys)).map_err(failed("map SERVICE_KEYS"))?;
         Ok(Maps {
             clock: flat.table(map::CLOCK)?,
             ifaces: flat.table(map::IFACES)?,
             vlans: flat.table(map::VLANS)?,
-            keys: Keys(keys),
+            keys: Keys::open(dir, map::SERVICE_KEYS)?,
+            watched: Keys::open(dir, map::WATCHED)?,
+            taker: flat.table(map::TAKER)?,
             services: flat.table(map::SERVICES)?,
             service_state: flat.table(map::SERVICE_STATE)?,
             dests: flat.table(map::DESTS)?,

@@ -4,7 +4,7 @@
 
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use rvs_datapath::abi::{CpuStats, Iface, Trace, map};
+use rvs_datapath::abi::{CpuStats, Iface, Trace, Traced, map};
 use rvs_datapath::verdict::Verdict;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -32,7 +32,7 @@ const COPIED: [&str; 13] = [
     map::SIDE6,
 ];
 /// ... and what only counts: empty before each packet, so that what is in it afterwards is the packet's.
-const EMPTY: [&str; 4] = [map::DEST_STATS, map::VERDICTS, map::TRACE, map::TRACE_ROOM];
+const EMPTY: [&str; 5] = [map::DEST_STATS, map::VERDICTS, map::TRACE, map::TRACE_ROOM, map::HAND_ROOM];
 
 /// The live maps, for a [`Rehearsal`] on another thread.
 pub struct Stage {
@@ -64,7 +64,7 @@ pub struct Outcome {
 /// A second instance of the data plane.
 pub struct Rehearsal {
     pub(super) ebpf: Ebpf,
-    ring: super::Ring,
+    ring: super::Ring<Traced>,
     /// Live and own, one after the other.
     copies: Vec<(Mapping, Mapping)>,
     ifaces: Table<Iface>,
@@ -128,7 +128,7 @@ impl Stage {
             loader.map_pin_path(name, self.dir.join(name));
         }
         let mut ebpf = loader.load(&object).map_err(failed("load the data plane once more"))?;
-        let ring = super::Ring::of(&mut ebpf)?;
+        let ring = super::Ring::of(&mut ebpf, map::TRACE_RING)?;
         let (name, len, fd) = table(map::IFACES)?;
         let ifaces = Table::new(fd.as_fd(), name, *len)?;
         let (name, len, fd) = table(map::DEST_STATS)?;

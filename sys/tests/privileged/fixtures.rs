@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::SeqCst;
 
 use aya::programs::{TestRun, TestRunOptions};
-use rvs_datapath::abi::{Clock, Config, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats};
+use rvs_datapath::abi::{Clock, Config, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats, Taker};
 use rvs_datapath::verdict::{COUNTERS, Reason};
 use rvs_fixtures::case::{Code, Counted, Engine, FlowRow, START_S, Sent};
 use rvs_fixtures::cases;
@@ -245,6 +245,15 @@ impl Engine for Kernel {
         for (i, tunnel) in (0..).zip(&layout.tunnels) {
             maps.tunnels.set(i, *tunnel).expect("a tunnel");
         }
+        for (key, _) in &self.layout.watched {
+            if maps.watched.get(*key).expect("a watched address").is_some() {
+                maps.watched.remove(*key).expect("an address is no longer watched");
+            }
+        }
+        for (key, bits) in &layout.watched {
+            maps.watched.insert(*key, *bits).expect("a watched address");
+        }
+        maps.taker.set(0, Taker { until_s: if layout.takes { u64::MAX } else { 0 } }).expect("the taker");
         for (i, local) in (0..).zip(&layout.locals) {
             maps.locals.set(i, *local).expect("a local address");
         }
@@ -283,6 +292,8 @@ impl Engine for Kernel {
         self.dataplane.maps.service_state.get(service).expect("machines")
     }
     fn send(&mut self, frame: &[u8], ifindex: u32) -> Option<Sent> {
+        // As the daemon would: the rings have room.
+        while self.dataplane.early.take().is_some() || self.dataplane.large.take().is_some() {}
         if !carried(self.hook, frame) {
             return None;
         }
