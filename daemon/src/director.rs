@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use rvs_control::plan::{Capacity, GRACE_MS, PlanError, Planner, RestoreError, St
 use rvs_datapath::abi::Trace;
 use rvs_sys::bpf::attach::Hook;
 use rvs_sys::bpf::{BpfError, Dataplane, OBJECT};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::rates::Estimator;
 
@@ -55,6 +56,8 @@ pub struct Director {
     pub looked: watch::Sender<()>,
     /// A client is being told of packets: interfaces are marked.
     pub tracing: bool,
+    /// Connections are to be moved to other tables.
+    pub moves: Rc<Notify>,
     /// Copies of the data plane, for `rvs why`: one at a time.
     pub rehearsals: Arc<Semaphore>,
 }
@@ -88,6 +91,7 @@ impl Director {
             unready: BTreeSet::new(),
             looked: watch::Sender::new(()),
             tracing: false,
+            moves: Rc::default(),
             rehearsals: Arc::new(Semaphore::new(1)),
         };
         // One before us may have been killed in the middle of it.

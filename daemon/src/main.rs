@@ -8,6 +8,7 @@ mod network;
 mod options;
 mod rates;
 mod socket;
+mod tables;
 mod trace;
 mod why;
 
@@ -97,6 +98,8 @@ async fn run(options: Options) -> Result<(), String> {
     tokio::task::spawn_local(network.follow(changed.clone()));
     tokio::task::spawn_local(ticks(director.clone(), checked.clone()));
     tokio::task::spawn_local(firewall(director.clone(), checked));
+    let moves = director.borrow().moves.clone();
+    tokio::task::spawn_local(tables::moves(director.clone(), moves));
     ready(&options.socket, &pin, &director.borrow(), adopted);
     stopped().await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);

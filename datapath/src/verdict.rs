@@ -12,6 +12,8 @@ pub enum Action {
     /// Up to the kernel.
     Up,
     Drop,
+    /// The elder has done it all, and this is its hook's code (see [`crate::elder`]).
+    Done(u8),
 }
 
 /// Parts of the pipeline, each of which begins with the packet anew. A BPF program makes a function of each, verified by itself and
@@ -82,6 +84,8 @@ pub enum Stage {
     /// A client's packet of a connection whose server has not acknowledged its PROXY header; the number is the slot of its forward entry
     /// (or see [`crate::proxy::TURNED`]).
     Announce = 30,
+    /// Of no flow that is known here, and it begins none; the number is the reason for which it is passed. An elder may know it.
+    Stranger = 31,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -94,6 +98,9 @@ const OUT: u64 = 0;
 const BACK: u64 = 1;
 const UP: u64 = 2;
 const DROP: u64 = 3;
+const DONE: u64 = 4;
+/// The counter of what the elder has done, which no reason has: the elder has counted it.
+const DONE_COUNTER: u64 = COUNTERS as u64 - 1;
 const GO: u64 = 1 << 63;
 const RESOLVE: u64 = 1 << 16;
 
@@ -107,6 +114,7 @@ impl Verdict {
             Action::Back => BACK << 8,
             Action::Up => UP << 8,
             Action::Drop => DROP << 8,
+            Action::Done(code) => return Verdict::done(u32::from(code)),
         };
         Verdict(action | reason as u64)
     }
@@ -115,6 +123,23 @@ impl Verdict {
     #[inline(always)]
     pub fn resolve(ifindex: u32, reason: Reason) -> Verdict {
         Verdict(u64::from(ifindex) << 32 | RESOLVE | OUT << 8 | reason as u64)
+    }
+    /// By the elder: its hook's code, of which the low byte says it all.
+    #[inline(always)]
+    pub fn done(code: u32) -> Verdict {
+        Verdict(u64::from(code as u8) << 32 | DONE << 8 | DONE_COUNTER)
+    }
+    /// Passed on, as it came: for a reason of that kind.
+    #[inline(always)]
+    pub fn is_passed(self) -> bool {
+        const FIRST: u32 = Reason::NotIp as u32;
+        const LAST: u32 = Reason::ReplyTtl as u32;
+        self.counter().wrapping_sub(FIRST) <= LAST - FIRST
+    }
+    /// To a [`Stage::Stranger`] with this number.
+    #[inline(always)]
+    pub fn passed(number: u32) -> Verdict {
+        Verdict(UP << 8 | u64::from(number as u8))
     }
     #[inline(always)]
     pub fn is_to_resolve(self) -> bool {
@@ -162,17 +187,19 @@ impl Verdict {
             28 => Stage::Challenge,
             29 => Stage::Knock,
             30 => Stage::Announce,
+            31 => Stage::Stranger,
             _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
     }
     #[inline(always)]
     pub fn action(self) -> Action {
-        match self.0 >> 8 & 3 {
+        match self.0 >> 8 & 7 {
             OUT => Action::Out((self.0 >> 32) as u32),
             BACK => Action::Back,
             UP => Action::Up,
-            _ => Action::Drop,
+            DROP => Action::Drop,
+            _ => Action::Done((self.0 >> 32) as u8),
         }
     }
     /// Out of a VLAN device ([`hop::VLAN`]), of a packet that goes no further?
@@ -294,13 +321,42 @@ reasons! {
 
 /// Counters kept (a power of two, so that an index is easily bounded).
 pub const COUNTERS: usize = 128;
-const _: () = assert!(Reason::ALL.len() <= COUNTERS);
+const _: () = assert!(Reason::ALL.len() < COUNTERS);
 
 #[inline(always)]
 pub fn pass(reason: Reason) -> Verdict {
     Verdict::new(Action::Up, reason)
 }
+/// Of no flow: passed for this reason, unless an elder knows better.
+#[inline(always)]
+pub fn stranger(reason: Reason) -> Verdict {
+    Verdict::go(Stage::Stranger, reason as u32)
+}
 #[inline(always)]
 pub fn drop(reason: Reason) -> Verdict {
     Verdict::new(Action::Drop, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_to_pass_are_neighbours() {
+        for reason in Reason::ALL {
+            let verdict = Verdict::new(Action::Up, *reason);
+            assert_eq!(verdict.is_passed(), reason.kind() == Kind::Pass, "{reason:?}");
+            assert_eq!(Verdict::passed(*reason as u32), verdict);
+        }
+    }
+
+    #[test]
+    fn what_the_elder_did_is_no_reason_of_ours() {
+        for code in [0, 1, 4, 7, 0xff] {
+            let done = Verdict::done(u32::from(code));
+            assert_eq!(done.action(), Action::Done(code));
+            assert!(done.next().is_none() && !done.is_by_vlan() && !done.is_passed());
+            assert!(done.counter() as usize >= Reason::ALL.len());
+        }
+    }
 }

@@ -186,6 +186,7 @@ macro_rules! calls {
                     $release_fn(LOST);
                 }
                 if (*s).cost.evicted.control != 0 {
+                    crate::maps::count_evicted(<$family as Ip>::FAMILY);
                     $release_fn(EVICTED);
                 }
                 (*s).cost.settle(outcome, own)

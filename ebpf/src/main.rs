@@ -9,6 +9,7 @@ mod ctx;
 mod flat;
 mod gap;
 mod maps;
+mod mover;
 mod object;
 mod skb;
 mod stages;

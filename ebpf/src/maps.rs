@@ -14,6 +14,7 @@ use rvs_datapath::abi::{
     Service, ServiceKey, ServiceState, Tunnel, Vlan, fragment, hop,
 };
 use rvs_datapath::ct::{Family, V4, V6};
+use rvs_datapath::elder::ELDER;
 use rvs_datapath::frag;
 use rvs_datapath::packet::{Flow, Ip};
 use rvs_datapath::tables::{Machine, Route, Tables, Walker};
@@ -89,6 +90,18 @@ pub fn count_verdict(verdict: Verdict) {
     let number = cpu() as usize * COUNTERS + verdict.counter() as usize;
     // SAFETY: this CPU's own value; the map has so many for each.
     unsafe { *Verdicts::first().add(number) += 1 };
+}
+
+/// Passed, by an elder: whoever asked it goes on with the packet, and counts it.
+#[inline(always)]
+pub fn is_anothers(verdict: Verdict) -> bool {
+    let anothers = config().flags & ELDER != 0 && verdict.is_passed();
+    if anothers {
+        let number = cpu() as usize * COUNTERS + verdict.counter() as usize;
+        // SAFETY: as in `count_verdict`, which has counted it.
+        unsafe { *Verdicts::first().add(number) -= 1 };
+    }
+    anothers
 }
 
 #[inline(always)]
@@ -412,6 +425,15 @@ fn word(s: *mut ServiceState, which: Machine) -> *mut u64 {
 
 /// Generated ICMP errors a second, as the kernel's `icmp_msgs_per_sec`.
 const ICMP_PER_S: u64 = 1000;
+
+#[inline(always)]
+pub fn count_evicted(family: u8) {
+    // SAFETY: a valid value; the words are changed atomically.
+    unsafe {
+        let at = &raw mut (*clock()).evicted[(family == 6) as usize];
+        atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(at, 1);
+    }
+}
 
 /// Only the timer counts these.
 #[inline(always)]

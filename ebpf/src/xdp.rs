@@ -8,9 +8,10 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use rvs_datapath::abi::iface::REDIRECT_BACK;
-use rvs_datapath::abi::{Iface, TRACED};
+use rvs_datapath::abi::{Iface, TRACED, hop};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::elder::NOT_MINE;
 use rvs_datapath::packet::Packet;
 use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 use rvs_datapath::vlan::{self, Tags};
@@ -18,7 +19,7 @@ use rvs_datapath::vlan::{self, Tags};
 use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
-use crate::stages::{call, gate, on};
+use crate::stages::{call, elder, gate, on};
 use crate::trace;
 
 /// The whole of an XDP program.
@@ -46,8 +47,10 @@ pub fn run(ctx: &XdpContext) -> u32 {
             unsafe { bpf_redirect(ifindex, 0) as u32 }
         }
         Action::Back => xdp_action::XDP_TX,
+        Action::Up if maps::is_anothers(verdict) => NOT_MINE,
         Action::Up => xdp_action::XDP_PASS,
         Action::Drop => xdp_action::XDP_DROP,
+        Action::Done(code) => u32::from(code),
     }
 }
 
@@ -76,7 +79,10 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
     let ifindex = packet.ifindex();
     trace::keep(trace::From::Xdp(ctx.ctx), ifindex, packet.frame_len());
     let verdict = decide(&ctx, &mut packet, maps::iface(ifindex), ifindex);
-    trace::tell(verdict.word());
+    // (What the elder has done it has told of.)
+    if !matches!(verdict.action(), Action::Done(_)) {
+        trace::tell(verdict.word());
+    }
     verdict.word()
 }
 
@@ -93,7 +99,28 @@ fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdi
 
 /// Where the programs of further stages are, by their gates' numbers: the loader fills it.
 #[btf_map]
-static XDP_GATES: ProgramArray<2> = ProgramArray::new();
+static XDP_GATES: ProgramArray<3> = ProgramArray::new();
+elder!(xdp_elder(xdp_md: XdpContext), XDP_GATES, 2, NOT_MINE);
+
+/// Ask the elder about a packet. It gets one of a VLAN device as that came, with its tags on.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn elder(ctx: *mut xdp_md) -> u64 {
+    let vlan = calls::vlan();
+    if vlan == 0 {
+        return xdp_elder(ctx);
+    }
+    // Its tags, but for the priority.
+    let out = Verdict::new(Action::Out(vlan | hop::VLAN), Reason::Icmp);
+    if Verdict::from_word(retag(ctx, out.word(), 0)).action() == Action::Drop {
+        return xdp_action::XDP_DROP.into();
+    }
+    let answer = xdp_elder(ctx);
+    if answer as u32 == NOT_MINE && untag(ctx) == 0 {
+        return xdp_action::XDP_DROP.into();
+    }
+    answer
+}
 
 macro_rules! further {
     ($gate:ident, $number:literal, $name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
@@ -102,7 +129,7 @@ macro_rules! further {
         #[unsafe(link_section = "xdp")]
         pub extern "C" fn $name(ctx: *mut xdp_md) -> u64 {
             let again = || $whole(ctx, arrived_by(&XdpContext::new(ctx)));
-            core::further(calls::gone_on(), |stage, number| call!(stage, number, ctx, again(), [$($open)*], [$($stage)*])).word()
+            core::further(calls::gone_on(), |stage, number| call!(stage, number, ctx, again(), elder, [$($open)*], [$($stage)*])).word()
         }
     };
 }

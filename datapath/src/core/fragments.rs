@@ -7,7 +7,7 @@ use crate::ct::{self, Found};
 use crate::frag::{self, Note};
 use crate::packet::{Flow, Ip, Packet};
 use crate::tables::{Of, Route, Tables};
-use crate::verdict::{Reason, Stage, Verdict, drop, pass};
+use crate::verdict::{Reason, Stage, Verdict, drop, pass, stranger};
 use crate::xmit;
 
 /// Of which datagram this fragment is.
@@ -97,7 +97,7 @@ pub(super) fn note<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, note: Note, port:
 #[inline(always)]
 pub(super) fn later<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
     match t.find_note(&datagram(flow)) {
-        frag::Found::None => pass(Reason::Fragment),
+        frag::Found::None => stranger(Reason::Fragment),
         frag::Found::Conflict => drop(Reason::FragmentConflict),
         frag::Found::Note(note) if flow.part.at() < note.end => drop(Reason::FragmentOverlap),
         frag::Found::Note(note) if note.reply => later_reply(p, t, flow, &note),
