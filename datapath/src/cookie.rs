@@ -11,7 +11,7 @@
 //!   data, ack=cookie+1   ------->           data, ack=s+1   ------->
 //! ```
 //! With a window of 0 the client does not send before there is a server to send to. Whatever it sends while there is none is a SYN
-//! again: its probes of the window see to a SYN that is lost. A client that waits for the server to speak first does not acknowledge the opened window: when
+//! again: its probes of the window see to a SYN that is lost, and to an ACK. A client that waits for the server to speak first does not acknowledge the opened window: when
 //! the server has sent its SYN,ACK again, it is acknowledged for the client.
 //!
 //! ```text
@@ -223,9 +223,17 @@ pub fn knock<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, n
     let Some((sequence, acknowledged, header)) = tcp::numbers::<I, P>(p) else { return drop(Reason::Internal) };
     let c = I::conns(t);
     let (first, cookie) = if number == PROVE {
-        let (first, cookie) = (sequence.wrapping_sub(1), acknowledged.wrapping_sub(1));
-        if !is_ours::<I>(&t.config().seed, &flow.key, first, c.now_s(), cookie) {
-            return pass(Reason::NoConnection);
+        let cookie = acknowledged.wrapping_sub(1);
+        // If the ACK was lost, a probe of the closed window comes in its place: its number may be that of the SYN (Linux's
+        // tcp_xmit_probe_skb; others send the byte after it).
+        let mut first = sequence.wrapping_sub(1);
+        let mut tries = 0;
+        while !is_ours::<I>(&t.config().seed, &flow.key, first, c.now_s(), cookie) {
+            tries += 1;
+            if tries == 2 {
+                return pass(Reason::NoConnection);
+            }
+            first = sequence;
         }
         (first, cookie)
     } else {

@@ -16,7 +16,7 @@ mod fragments;
 
 use ::core::hint::cold_path;
 
-use crate::abi::{Dest, Hop, Iface, ServiceKey, config, dest, hop, service};
+use crate::abi::{Address, Dest, Hop, Iface, ServiceKey, Tunnel, config, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::cookie;
 use crate::ct::{self, Found, V4, V6};
@@ -25,6 +25,7 @@ use crate::frag;
 use crate::fullnat;
 use crate::icmp::{Answer, Error};
 use crate::limits;
+use crate::near;
 use crate::packet::{ETHERTYPE, Flow, Frame, Ip, L3, Packet, Window, parse, parse_far};
 use crate::proto::{Way, sctp, tcp};
 use crate::proxy;
@@ -45,8 +46,8 @@ pub fn process<P: Frame, T: Tables>(p: &mut P, t: &T) -> Verdict {
         family = if tags.is_some() { untagged(arrive(p, &t.iface(p.ifindex()))) } else { Err(pass(Reason::NotIp)) };
     }
     let verdict = match family {
-        Ok(4) => stages(|stage, number| run::<V4, P, T>(p, t, stage, number)),
-        Ok(_) => stages(|stage, number| run::<V6, P, T>(p, t, stage, number)),
+        Ok(4) => stages::<V4, P, T>(p, t),
+        Ok(_) => stages::<V6, P, T>(p, t),
         Err(verdict) => verdict,
     };
     p.came_by(lower);
@@ -86,10 +87,11 @@ const STAGES: u32 = 15;
 
 /// From stage to stage, until one has the verdict.
 #[inline(always)]
-pub fn stages(mut run: impl FnMut(Stage, u32) -> Verdict) -> Verdict {
-    // Nearly always that was all.
-    let verdict = run(Stage::Whole, 0);
-    further(verdict, run)
+fn stages<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Verdict {
+    // Nearly always that is all.
+    let mut verdict = run::<I, P, T>(p, t, Stage::Whole, 0);
+    verdict = near::go::<I, P, T>(p, t, verdict);
+    further(verdict, |stage, number| run::<I, P, T>(p, t, stage, number))
 }
 
 /// ... after the first one.
@@ -611,7 +613,6 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
         // part of a datagram, or of SCTP, whose checksum is no sum.
         by.flags = 0;
     }
-    let overhead = tunnel::overhead::<O>(&by);
     let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
     let mut mtu = u32::from(d.mtu);
     if hop.ifindex == 0 {
@@ -621,21 +622,39 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
             _ => return drop(Reason::NoRoute),
         }
     }
-    // As large as an Ethernet frame, where nobody says otherwise.
-    let room = if mtu == 0 { 1500 } else { mtu }.saturating_sub(overhead);
-    if flow.len > room && t.sized() {
-        return if I::may_fragment(p) || reason != Reason::Tunnel {
-            drop(Reason::TooBig)
-        } else {
-            Verdict::go(Stage::TooBig, room)
-        };
+    if !t.sized() {
+        // (It is of segments, which fit.)
+        mtu = u32::MAX;
     }
     let to = d.address;
-    if !tunnel::wrap::<I, O, P>(p, flow, &by, &to, &hop) {
-        return drop(Reason::Internal);
+    match tunnelled::<I, O, P>(p, flow, &by, &to, &hop, mtu, reason) {
+        Ok(verdict) => verdict,
+        Err(_) if I::may_fragment(p) || reason != Reason::Tunnel => drop(Reason::TooBig),
+        Err(room) => Verdict::go(Stage::TooBig, room),
+    }
+}
+
+/// The same to a next hop that is known. `Err`: how large it may be at most, as it came.
+#[inline(always)]
+pub fn tunnelled<I: Ip, O: Ip, P: Packet>(
+    p: &mut P,
+    flow: &Flow<I>,
+    by: &Tunnel,
+    to: &Address,
+    hop: &Hop,
+    mtu: u32,
+    reason: Reason,
+) -> Result<Verdict, u32> {
+    // As large as an Ethernet frame, where nobody says otherwise.
+    let (mtu, overhead) = (if mtu == 0 { 1500 } else { mtu }, tunnel::overhead::<O>(by));
+    if flow.len + overhead > mtu {
+        return Err(mtu.saturating_sub(overhead));
+    }
+    if !tunnel::wrap::<I, O, P>(p, flow, by, to, hop) {
+        return Ok(drop(Reason::Internal));
     }
     let back = hop.ifindex == p.ifindex();
-    Verdict::new(if back { Action::Back } else { Action::Out(hop.ifindex) }, reason)
+    Ok(Verdict::new(if back { Action::Back } else { Action::Out(hop.ifindex) }, reason))
 }
 
 /// The real server is this host: up, translated if it listens elsewhere.

@@ -20,6 +20,7 @@ pub mod icmp;
 pub mod limits;
 #[cfg(any(test, feature = "mem"))]
 pub mod mem;
+pub mod near;
 pub mod options;
 pub mod packet;
 pub mod proto;

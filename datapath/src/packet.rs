@@ -305,12 +305,15 @@ impl Ip for V4 {
         [tos, ttl]: [u8; 2],
         [id, fragment]: [u16; 2],
     ) {
-        let words =
-            [0x4500 | u16::from(tos), len.wrapping_add(20), id, fragment, u16::from(ttl) << 8 | u16::from(protocol)];
+        let words = [
+            0x4500_0000 | u32::from(tos) << 16 | u32::from(len.wrapping_add(20)),
+            u32::from(id) << 16 | u32::from(fragment),
+            u32::from(ttl) << 24 | u32::from(protocol) << 16,
+        ];
         let mut sum = Self::sum(source) + Self::sum(destination);
         let mut i = 0;
         while i < words.len() {
-            w.w16(L3 + 2 * i, words[i].to_be());
+            w.w32(L3 + 4 * i, words[i].to_be());
             sum += u64::from(words[i].to_be());
             i += 1;
         }

@@ -50,7 +50,7 @@ struct Inner {
 /// Into the tunnel: the frame then is ready to go by `hop`. False: no room in front.
 #[inline(always)]
 pub fn wrap<I: Ip, O: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, t: &Tunnel, to: &Address, hop: &Hop) -> bool {
-    let Some(inner) = look::<I, P>(p, flow) else { return false };
+    let Some(inner) = look::<I, P>(p, flow, t) else { return false };
     // Sizes are constants wherever the packet is touched.
     match (t.kind, between(t)) {
         (tunnel::GUE, _) => put::<I, O, P, 12>(p, &inner, t, to, hop, IP_UDP),
@@ -62,7 +62,7 @@ pub fn wrap<I: Ip, O: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, t: &Tunnel, to: 
 
 /// Count the TTL down, and see what the outer headers need.
 #[inline(always)]
-fn look<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>) -> Option<Inner> {
+fn look<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, t: &Tunnel) -> Option<Inner> {
     let (tos, fragment, id) = {
         let mut w = p.window(I::L4)?;
         I::count_down(&mut w);
@@ -70,7 +70,7 @@ fn look<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>) -> Option<Inner> {
     };
     // The same for all packets of a flow, or all fragments of a datagram.
     let (mut noise, mut checked, mut sum) = (flow.part.id(), false, 0);
-    if flow.part.is_whole() {
+    if flow.part.is_whole() && (t.kind == tunnel::GUE || t.flags != 0) {
         let w = p.window(I::L4 + 8)?;
         noise = w.r32(I::L4);
         // The sum of a TCP or UDP segment is that of its pseudo-header, inverted, if its checksum is right; and if it is not, the outer one

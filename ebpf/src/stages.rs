@@ -58,14 +58,19 @@ macro_rules! call {
 }
 pub(crate) use call;
 
-/// Nearly always the first stage has the verdict. What comes after it is behind a gate, so that it costs that one nothing.
+/// Nearly always the first stage has the verdict, or another one that is near. What comes after those is behind a gate, so that it costs them
+/// nothing.
 #[inline(always)]
-pub fn on(word: u64, gate: impl FnOnce() -> u64) -> Verdict {
-    let verdict = Verdict::from_word(word);
-    if verdict.next().is_none() {
-        return verdict;
-    }
+pub fn on(word: u64, near: impl FnOnce(Stage, u32) -> Option<u64>, gate: impl FnOnce() -> u64) -> Verdict {
+    let mut verdict = Verdict::from_word(word);
+    let Some((stage, number)) = verdict.next() else { return verdict };
     cold_path();
+    if let Some(word) = near(stage, number) {
+        verdict = Verdict::from_word(word);
+        if verdict.next().is_none() {
+            return verdict;
+        }
+    }
     calls::go_on(verdict);
     Verdict::from_word(gate())
 }

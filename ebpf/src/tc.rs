@@ -140,8 +140,8 @@ fn tables(skb: *mut __sk_buff) -> Maps<true> {
 #[inline(always)]
 fn process(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
     match core::untagged(core::addressed(packet, iface)) {
-        Ok(4) => on(tc_whole4(skb), || tc_further4(skb)),
-        Ok(_) => on(tc_whole6(skb), || tc_further6(skb)),
+        Ok(4) => on(tc_whole4(skb), |_, _| None, || tc_further4(skb)),
+        Ok(_) => on(tc_whole6(skb), |_, _| None, || tc_further6(skb)),
         Err(verdict) => verdict,
     }
 }

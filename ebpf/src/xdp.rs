@@ -12,6 +12,7 @@ use rvs_datapath::abi::{Iface, TRACED, hop};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::elder::NOT_MINE;
+use rvs_datapath::near;
 use rvs_datapath::packet::Packet;
 use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 use rvs_datapath::vlan::{self, Tags};
@@ -91,10 +92,65 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
 fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdict {
     let ctx = ctx.ctx;
     match family {
-        Ok(4) => on(whole4(ctx, ifindex), || further4(ctx)),
-        Ok(_) => on(whole6(ctx, ifindex), || further6(ctx)),
+        Ok(4) => on(
+            whole4(ctx, ifindex),
+            |stage, number| match stage {
+                Stage::Tunnel => Some(near_tunnel4(ctx, number, ifindex)),
+                Stage::Fullnat => Some(near_request4(ctx, number, ifindex)),
+                Stage::FullnatReply => {
+                    let word = near_reply4(ctx, number);
+                    match Verdict::from_word(word).next() {
+                        Some((Stage::FullnatSend, number)) => Some(near_send4(ctx, number, ifindex)),
+                        _ => Some(word),
+                    }
+                }
+                _ => None,
+            },
+            || further4(ctx),
+        ),
+        Ok(_) => on(
+            whole6(ctx, ifindex),
+            |stage, number| match stage {
+                Stage::Tunnel => Some(near_tunnel6(ctx, number, ifindex)),
+                Stage::Fullnat => Some(near_request6(ctx, number, ifindex)),
+                Stage::FullnatReply => {
+                    let word = near_reply6(ctx, number);
+                    match Verdict::from_word(word).next() {
+                        Some((Stage::FullnatSend, number)) => Some(near_send6(ctx, number, ifindex)),
+                        _ => Some(word),
+                    }
+                }
+                _ => None,
+            },
+            || further6(ctx),
+        ),
         Err(verdict) => verdict,
     }
+}
+
+// See `rvs_datapath::near`. (Only parameters that are used, as in `stages`.)
+macro_rules! near {
+    ($($four:ident $six:ident($($ifindex:ident)?) $what:ident;)*) => { $(
+        near!(@ $four($($ifindex)?) V4, $what);
+        near!(@ $six($($ifindex)?) V6, $what);
+    )* };
+    (@ $name:ident($($ifindex:ident)?) $family:ty, $what:ident) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(ctx: *mut xdp_md, number: u32 $(, $ifindex: u32)?) -> u64 {
+            let ctx = XdpContext::new(ctx);
+            let ifindex = 0 $(+ $ifindex)?;
+            let mut packet = Xdp::by(&ctx, ifindex);
+            let maps = Maps::of(&ctx, ifindex);
+            near::$what::<$family, _, _>(&mut packet, &maps, number).word()
+        }
+    };
+}
+near! {
+    near_tunnel4 near_tunnel6(ifindex) into_tunnel;
+    near_request4 near_request6(ifindex) request;
+    near_reply4 near_reply6() reply;
+    near_send4 near_send6(ifindex) send;
 }
 
 /// Where the programs of further stages are, by their gates' numbers: the loader fills it.
