@@ -79,7 +79,6 @@ pub fn link_of(reverse: u64) -> Slot {
 pub fn hop(reverse: u64) -> u8 {
     (reverse >> HOP_SHIFT) as u8
 }
-
 /// When the table is full, a lower class goes first; within a class the longest idle.
 pub mod class {
     /// Timed out already.
@@ -457,7 +456,6 @@ pub enum Opened {
 }
 
 /// Enter a flow that a lookup did not find. `linked`: with an entry for the replies (NAT).
-///
 /// Its steps, [`open_forward`], [`link`] and [`make_way`], are there for BPF programs, which take them one by one.
 #[inline(always)]
 pub fn open<F: Addressing, C: Conns<F> + ?Sized>(
