@@ -154,7 +154,7 @@ fn row(d: &Director, filter: &Filter, told: Traced, bytes: Vec<u8>, since: u64) 
     let out = match verdict.action() {
         Action::Out(ifindex) => Some(why::interface(d, ifindex)),
         Action::Back => Some(interface.clone()),
-        Action::Up | Action::Drop | Action::Done(_) => None,
+        Action::Up | Action::Drop => None,
     };
     Some(TracedRow {
         at_ns: told.ns.wrapping_add(since),

@@ -89,7 +89,7 @@ fn row(d: &Director, arrival: Arrival, outcome: bpf::Outcome, probe: &Probe) -> 
     let out = match outcome.verdict.action() {
         Action::Out(ifindex) => Some(interface(d, ifindex)),
         Action::Back => Some(arrival.link.name.clone()),
-        Action::Up | Action::Drop | Action::Done(_) => None,
+        Action::Up | Action::Drop => None,
     };
     let connection = match (outcome.opens, &dest, reason) {
         (true, ..) => Connection::New,

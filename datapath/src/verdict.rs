@@ -12,8 +12,6 @@ pub enum Action {
     /// Up to the kernel.
     Up,
     Drop,
-    /// The elder has done it all, and this is its hook's code (see [`crate::elder`]).
-    Done(u8),
 }
 
 /// Parts of the pipeline, each of which begins with the packet anew. A BPF program makes a function of each, verified by itself and
@@ -98,7 +96,8 @@ const OUT: u64 = 0;
 const BACK: u64 = 1;
 const UP: u64 = 2;
 const DROP: u64 = 3;
-const DONE: u64 = 4;
+/// With DROP: not dropped, but done with (so that who goes on has nothing to look at).
+const DONE: u64 = 1 << 10;
 /// The counter of what the elder has done, which no reason has: the elder has counted it.
 const DONE_COUNTER: u64 = COUNTERS as u64 - 1;
 const GO: u64 = 1 << 63;
@@ -114,7 +113,6 @@ impl Verdict {
             Action::Back => BACK << 8,
             Action::Up => UP << 8,
             Action::Drop => DROP << 8,
-            Action::Done(code) => return Verdict::done(u32::from(code)),
         };
         Verdict(action | reason as u64)
     }
@@ -124,10 +122,15 @@ impl Verdict {
     pub fn resolve(ifindex: u32, reason: Reason) -> Verdict {
         Verdict(u64::from(ifindex) << 32 | RESOLVE | OUT << 8 | reason as u64)
     }
-    /// By the elder: its hook's code, of which the low byte says it all.
+    /// The elder has done it all, and this is its hook's code (see [`crate::elder`]), of which the low byte says enough. As an action this is a drop: who
+    /// has one asks [`Verdict::code`].
     #[inline(always)]
     pub fn done(code: u32) -> Verdict {
-        Verdict(u64::from(code as u8) << 32 | DONE << 8 | DONE_COUNTER)
+        Verdict(u64::from(code as u8) << 32 | DONE | DROP << 8 | DONE_COUNTER)
+    }
+    #[inline(always)]
+    pub fn code(self) -> Option<u8> {
+        (self.0 & DONE != 0).then_some((self.0 >> 32) as u8)
     }
     /// Passed on, as it came: for a reason of that kind.
     #[inline(always)]
@@ -194,12 +197,11 @@ impl Verdict {
     }
     #[inline(always)]
     pub fn action(self) -> Action {
-        match self.0 >> 8 & 7 {
+        match self.0 >> 8 & 3 {
             OUT => Action::Out((self.0 >> 32) as u32),
             BACK => Action::Back,
             UP => Action::Up,
-            DROP => Action::Drop,
-            _ => Action::Done((self.0 >> 32) as u8),
+            _ => Action::Drop,
         }
     }
     /// Out of a VLAN device ([`hop::VLAN`]), of a packet that goes no further?
@@ -346,7 +348,7 @@ mod tests {
         for reason in Reason::ALL {
             let verdict = Verdict::new(Action::Up, *reason);
             assert_eq!(verdict.is_passed(), reason.kind() == Kind::Pass, "{reason:?}");
-            assert_eq!(Verdict::passed(*reason as u32), verdict);
+            assert_eq!((Verdict::passed(*reason as u32), verdict.code()), (verdict, None));
         }
     }
 
@@ -354,7 +356,7 @@ mod tests {
     fn what_the_elder_did_is_no_reason_of_ours() {
         for code in [0, 1, 4, 7, 0xff] {
             let done = Verdict::done(u32::from(code));
-            assert_eq!(done.action(), Action::Done(code));
+            assert_eq!((done.action(), done.code()), (Action::Drop, Some(code)));
             assert!(done.next().is_none() && !done.is_by_vlan() && !done.is_passed());
             assert!(done.counter() as usize >= Reason::ALL.len());
         }

@@ -50,10 +50,14 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
         Action::Out(ifindex) => out(&mut packet, skb, verdict, ifindex & !hop::VLAN),
         // SAFETY: a field of the context.
         Action::Back => out(&mut packet, skb, verdict, unsafe { (*skb).ifindex }),
-        Action::Up if maps::is_anothers(verdict) => NOT_MINE as i32,
-        Action::Up => NEXT,
-        Action::Drop => TC_ACT_SHOT as i32,
-        Action::Done(code) => i32::from(code as i8),
+        Action::Up => {
+            if maps::is_anothers(verdict) {
+                NOT_MINE as i32
+            } else {
+                NEXT
+            }
+        }
+        Action::Drop => verdict.code().map_or(TC_ACT_SHOT as i32, |code| i32::from(code as i8)),
     }
 }
 
@@ -76,7 +80,7 @@ pub extern "C" fn tc_traced(skb: *mut __sk_buff) -> u64 {
     let ifindex = packet.ifindex();
     trace::keep(trace::From::Skb(skb), ifindex, packet.frame_len());
     let verdict = decide(&mut packet, skb, maps::iface(ifindex));
-    if !matches!(verdict.action(), Action::Done(_)) {
+    if verdict.code().is_none() {
         trace::tell(verdict.word());
     }
     verdict.word()

@@ -48,10 +48,14 @@ pub fn run(ctx: &XdpContext) -> u32 {
             unsafe { bpf_redirect(ifindex, 0) as u32 }
         }
         Action::Back => xdp_action::XDP_TX,
-        Action::Up if maps::is_anothers(verdict) => NOT_MINE,
-        Action::Up => xdp_action::XDP_PASS,
-        Action::Drop => xdp_action::XDP_DROP,
-        Action::Done(code) => u32::from(code),
+        Action::Up => {
+            if maps::is_anothers(verdict) {
+                NOT_MINE
+            } else {
+                xdp_action::XDP_PASS
+            }
+        }
+        Action::Drop => verdict.code().map_or(xdp_action::XDP_DROP, u32::from),
     }
 }
 
@@ -81,7 +85,7 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
     trace::keep(trace::From::Xdp(ctx.ctx), ifindex, packet.frame_len());
     let verdict = decide(&ctx, &mut packet, maps::iface(ifindex), ifindex);
     // (What the elder has done it has told of.)
-    if !matches!(verdict.action(), Action::Done(_)) {
+    if verdict.code().is_none() {
         trace::tell(verdict.word());
     }
     verdict.word()

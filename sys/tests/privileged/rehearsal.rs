@@ -70,7 +70,6 @@ fn same(outcome: &Outcome, sent: &Sent) {
         Action::Back => Code::Back,
         Action::Up => Code::Up,
         Action::Drop => Code::Drop,
-        Action::Done(_) => unreachable!("no elder here"),
     };
     // (By tc the addresses say whether it went out or back: there are none yet when the kernel has to find them.)
     assert!(outcome.verdict.is_to_resolve() || code == sent.code, "{outcome:?} {sent:?}");
