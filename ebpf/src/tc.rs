@@ -51,7 +51,7 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
         // SAFETY: a field of the context.
         Action::Back => out(&mut packet, skb, verdict, unsafe { (*skb).ifindex }),
         Action::Up => {
-            if maps::is_anothers(verdict) {
+            if maps::anothers(verdict.word()) != 0 {
                 NOT_MINE as i32
             } else {
                 NEXT

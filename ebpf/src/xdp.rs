@@ -49,7 +49,7 @@ pub fn run(ctx: &XdpContext) -> u32 {
         }
         Action::Back => xdp_action::XDP_TX,
         Action::Up => {
-            if maps::is_anothers(verdict) {
+            if maps::anothers(verdict.word()) != 0 {
                 NOT_MINE
             } else {
                 xdp_action::XDP_PASS
