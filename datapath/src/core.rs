@@ -83,7 +83,7 @@ pub fn retag<P: Frame, T: Tables>(p: &mut P, t: &T, verdict: Verdict, tags: Opti
 
 /// Stages of one packet at most: a new flow's first packet takes six (NAT) to ten (FULLNAT), and four or five more for each dest that can't take
 /// it.
-const STAGES: u32 = 15;
+const STAGES: u32 = 14;
 
 /// From stage to stage, until one has the verdict.
 #[inline(always)]

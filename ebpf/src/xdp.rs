@@ -8,7 +8,7 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::XdpContext;
 use rvs_datapath::abi::iface::REDIRECT_BACK;
-use rvs_datapath::abi::{Iface, TRACED, hop};
+use rvs_datapath::abi::{Iface, TRACED};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::elder::NOT_MINE;
@@ -170,9 +170,7 @@ pub extern "C" fn elder(ctx: *mut xdp_md) -> u64 {
     if vlan == 0 {
         return xdp_elder(ctx);
     }
-    // Its tags, but for the priority.
-    let out = Verdict::new(Action::Out(vlan | hop::VLAN), Reason::Icmp);
-    if Verdict::from_word(retag(ctx, out.word(), 0)).action() == Action::Drop {
+    if Verdict::from_word(retag(ctx, pass(Reason::Icmp).word(), calls::tags())).action() == Action::Drop {
         return xdp_action::XDP_DROP.into();
     }
     let answer = xdp_elder(ctx);
@@ -237,6 +235,7 @@ pub extern "C" fn untag(ctx: *mut xdp_md) -> u64 {
     let mut packet = Xdp::new(&ctx);
     let Some(tags) = vlan::untag(&mut packet, &Maps::of(&ctx, 0)) else { return 0 };
     calls::set_vlan(packet.ifindex());
+    calls::set_tags(tags.word());
     tags.word()
 }
 
