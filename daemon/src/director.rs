@@ -61,6 +61,8 @@ pub struct Director {
     pub looked: watch::Sender<()>,
     /// A client is being told of packets: interfaces are marked.
     pub tracing: bool,
+    /// Connections are to be moved to other tables.
+    pub moves: Rc<Notify>,
     /// Copies of the data plane, for `rvs why`: one at a time.
     pub rehearsals: Arc<Semaphore>,
 }
@@ -96,6 +98,7 @@ impl Director {
             unready: BTreeSet::new(),
             looked: watch::Sender::new(()),
             tracing: false,
+            moves: Rc::default(),
             rehearsals: Arc::new(Semaphore::new(1)),
         };
         // One before us may have been killed in the middle of it.

@@ -9,6 +9,7 @@ mod options;
 mod parts;
 mod rates;
 mod socket;
+mod tables;
 mod trace;
 mod why;
 
@@ -99,6 +100,8 @@ async fn run(options: Options) -> Result<(), String> {
     tokio::task::spawn_local(ticks(director.clone(), checked.clone()));
     tokio::task::spawn_local(parts::run(director.clone()));
     tokio::task::spawn_local(firewall(director.clone(), checked));
+    let moves = director.borrow().moves.clone();
+    tokio::task::spawn_local(tables::moves(director.clone(), moves));
     ready(&options.socket, &pin, &director.borrow(), adopted);
     stopped().await?;
     if let Err(error) = director.borrow().dataplane.maps.take_for(0) {

@@ -147,6 +147,7 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
                 Err(verdict) => verdict,
             };
         }
+        Stage::Stranger => return Verdict::passed(number),
         Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent | Stage::ErrorOuter => {
             return match I::find(p) {
                 Ok(place) => errors::related::<I, _, T>(&mut Far::<I, P>::new(p, place.by), t, place.by, stage, number),
@@ -419,6 +420,9 @@ fn has<T: Tables>(t: &T, flag: u32) -> bool {
 /// A packet of no known flow: enter it, if it is for a virtual service and may open one. It then is the first packet of that flow.
 #[inline(always)]
 fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    if has(t, config::ELDER) {
+        return pass(Reason::NoConnection);
+    }
     let key = ServiceKey {
         address: I::bytes(flow.destination()),
         port: flow.key.dport(),

@@ -82,12 +82,14 @@ pub enum Stage {
     /// A client's packet of a connection whose server has not acknowledged its PROXY header; the number is the slot of its forward entry
     /// (or see [`crate::proxy::TURNED`]).
     Announce = 30,
+    /// Of no flow that is known here, and it begins none; the number is the reason for which it is passed. An elder may know it.
+    Stranger = 31,
     /// A fragment that came before the first one of its datagram.
-    Early = 31,
+    Early = 32,
     /// A first fragment that is none of ours: those after it are told. The number is the low half of its verdict.
-    Elsewhere = 32,
+    Elsewhere = 33,
     /// Too large for a tunnel, and to be cut: its parts may have as many bytes as the number says.
-    Large = 33,
+    Large = 34,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -100,6 +102,10 @@ const OUT: u64 = 0;
 const BACK: u64 = 1;
 const UP: u64 = 2;
 const DROP: u64 = 3;
+/// With DROP: not dropped, but done with (so that who goes on has nothing to look at).
+const DONE: u64 = 1 << 10;
+/// The counter of what the elder has done, which no reason has: the elder has counted it.
+const DONE_COUNTER: u64 = COUNTERS as u64 - 1;
 const GO: u64 = 1 << 63;
 const RESOLVE: u64 = 1 << 16;
 
@@ -121,6 +127,28 @@ impl Verdict {
     #[inline(always)]
     pub fn resolve(ifindex: u32, reason: Reason) -> Verdict {
         Verdict(u64::from(ifindex) << 32 | RESOLVE | OUT << 8 | reason as u64)
+    }
+    /// The elder has done it all, and this is its hook's code (see [`crate::elder`]), of which the low byte says enough. As an action this is a drop: who
+    /// has one asks [`Verdict::code`].
+    #[inline(always)]
+    pub fn done(code: u32) -> Verdict {
+        Verdict(u64::from(code as u8) << 32 | DONE | DROP << 8 | DONE_COUNTER)
+    }
+    #[inline(always)]
+    pub fn code(self) -> Option<u8> {
+        (self.0 & DONE != 0).then_some((self.0 >> 32) as u8)
+    }
+    /// Passed on, as it came: for a reason of that kind.
+    #[inline(always)]
+    pub fn is_passed(self) -> bool {
+        const FIRST: u32 = Reason::NotIp as u32;
+        const LAST: u32 = Reason::ReplyTtl as u32;
+        self.counter().wrapping_sub(FIRST) <= LAST - FIRST
+    }
+    /// To a [`Stage::Stranger`] with this number.
+    #[inline(always)]
+    pub fn passed(number: u32) -> Verdict {
+        Verdict(UP << 8 | u64::from(number as u8))
     }
     #[inline(always)]
     pub fn is_to_resolve(self) -> bool {
@@ -168,9 +196,10 @@ impl Verdict {
             28 => Stage::Challenge,
             29 => Stage::Knock,
             30 => Stage::Announce,
-            31 => Stage::Early,
-            32 => Stage::Elsewhere,
-            33 => Stage::Large,
+            31 => Stage::Stranger,
+            32 => Stage::Early,
+            33 => Stage::Elsewhere,
+            34 => Stage::Large,
             _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -313,13 +342,42 @@ reasons! {
 
 /// Counters kept (a power of two, so that an index is easily bounded).
 pub const COUNTERS: usize = 128;
-const _: () = assert!(Reason::ALL.len() <= COUNTERS);
+const _: () = assert!(Reason::ALL.len() < COUNTERS);
 
 #[inline(always)]
 pub fn pass(reason: Reason) -> Verdict {
     Verdict::new(Action::Up, reason)
 }
+/// Of no flow: passed for this reason, unless an elder knows better.
+#[inline(always)]
+pub fn stranger(reason: Reason) -> Verdict {
+    Verdict::go(Stage::Stranger, reason as u32)
+}
 #[inline(always)]
 pub fn drop(reason: Reason) -> Verdict {
     Verdict::new(Action::Drop, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_to_pass_are_neighbours() {
+        for reason in Reason::ALL {
+            let verdict = Verdict::new(Action::Up, *reason);
+            assert_eq!(verdict.is_passed(), reason.kind() == Kind::Pass, "{reason:?}");
+            assert_eq!((Verdict::passed(*reason as u32), verdict.code()), (verdict, None));
+        }
+    }
+
+    #[test]
+    fn what_the_elder_did_is_no_reason_of_ours() {
+        for code in [0, 1, 4, 7, 0xff] {
+            let done = Verdict::done(u32::from(code));
+            assert_eq!((done.action(), done.code()), (Action::Drop, Some(code)));
+            assert!(done.next().is_none() && !done.is_by_vlan() && !done.is_passed());
+            assert!(done.counter() as usize >= Reason::ALL.len());
+        }
+    }
 }

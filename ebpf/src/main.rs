@@ -10,6 +10,7 @@ mod flat;
 mod gap;
 mod hand;
 mod maps;
+mod mover;
 mod object;
 mod skb;
 mod stages;

@@ -11,6 +11,7 @@ use rvs_datapath::abi::iface::REDIRECT_BACK;
 use rvs_datapath::abi::{Iface, TRACED};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::elder::NOT_MINE;
 use rvs_datapath::near;
 use rvs_datapath::packet::Packet;
 use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
@@ -19,7 +20,7 @@ use rvs_datapath::vlan::{self, Tags};
 use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
-use crate::stages::{aside, call, gate, on};
+use crate::stages::{aside, call, elder, gate, on};
 use crate::trace;
 
 /// The whole of an XDP program.
@@ -47,8 +48,14 @@ pub fn run(ctx: &XdpContext) -> u32 {
             unsafe { bpf_redirect(ifindex, 0) as u32 }
         }
         Action::Back => xdp_action::XDP_TX,
-        Action::Up => xdp_action::XDP_PASS,
-        Action::Drop => xdp_action::XDP_DROP,
+        Action::Up => {
+            if maps::anothers(verdict.word()) != 0 {
+                NOT_MINE
+            } else {
+                xdp_action::XDP_PASS
+            }
+        }
+        Action::Drop => verdict.code().map_or(xdp_action::XDP_DROP, u32::from),
     }
 }
 
@@ -77,7 +84,10 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
     let ifindex = packet.ifindex();
     trace::keep(trace::From::Xdp(ctx.ctx), ifindex, packet.frame_len());
     let verdict = decide(&ctx, &mut packet, maps::iface(ifindex), ifindex);
-    trace::tell(verdict.word());
+    // (What the elder has done it has told of.)
+    if verdict.code().is_none() {
+        trace::tell(verdict.word());
+    }
     verdict.word()
 }
 
@@ -149,7 +159,26 @@ near! {
 
 /// Where the programs of further stages are, by their gates' numbers: the loader fills it.
 #[btf_map]
-static XDP_GATES: ProgramArray<4> = ProgramArray::new();
+static XDP_GATES: ProgramArray<5> = ProgramArray::new();
+elder!(xdp_elder(xdp_md: XdpContext), XDP_GATES, 4, NOT_MINE);
+
+/// Ask the elder about a packet. It gets one of a VLAN device as that came, with its tags on.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn elder(ctx: *mut xdp_md) -> u64 {
+    let vlan = calls::vlan();
+    if vlan == 0 {
+        return xdp_elder(ctx);
+    }
+    if Verdict::from_word(retag(ctx, pass(Reason::Icmp).word(), calls::tags())).action() == Action::Drop {
+        return xdp_action::XDP_DROP.into();
+    }
+    let answer = xdp_elder(ctx);
+    if answer as u32 == NOT_MINE && untag(ctx) == 0 {
+        return xdp_action::XDP_DROP.into();
+    }
+    answer
+}
 
 macro_rules! further {
     ($gate:ident, $number:literal, $name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
@@ -158,7 +187,7 @@ macro_rules! further {
         #[unsafe(link_section = "xdp")]
         pub extern "C" fn $name(ctx: *mut xdp_md) -> u64 {
             let again = || $whole(ctx, arrived_by(&XdpContext::new(ctx)));
-            core::further(calls::gone_on(), |stage, number| call!(stage, number, ctx, again(), [$($open)*], [$($stage)*])).word()
+            core::further(calls::gone_on(), |stage, number| call!(stage, number, ctx, again(), elder, [$($open)*], [$($stage)*])).word()
         }
     };
 }
@@ -219,6 +248,7 @@ pub extern "C" fn untag(ctx: *mut xdp_md) -> u64 {
     let mut packet = Xdp::new(&ctx);
     let Some(tags) = vlan::untag(&mut packet, &Maps::of(&ctx, 0)) else { return 0 };
     calls::set_vlan(packet.ifindex());
+    calls::set_tags(tags.word());
     tags.word()
 }
 

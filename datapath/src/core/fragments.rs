@@ -7,7 +7,7 @@ use crate::ct::{self, Found};
 use crate::frag::{self, Kind, Note};
 use crate::packet::{Flow, Ip, L3, Packet};
 use crate::tables::{Of, Route, Tables};
-use crate::verdict::{Reason, Stage, Verdict, drop, pass};
+use crate::verdict::{Reason, Stage, Verdict, drop, pass, stranger};
 use crate::xmit;
 
 /// Of which datagram this fragment is.
@@ -102,7 +102,8 @@ pub(super) fn later<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flo
             t.keep(flow);
             Verdict::go(Stage::Early, 0)
         }
-        frag::Found::None | frag::Found::Elsewhere => pass(Reason::Fragment),
+        frag::Found::None => stranger(Reason::Fragment),
+        frag::Found::Elsewhere => pass(Reason::Fragment),
         frag::Found::Conflict => drop(Reason::FragmentConflict),
         frag::Found::Note(note) if flow.part.at() < note.end => drop(Reason::FragmentOverlap),
         frag::Found::Note(note) if note.kind == Kind::Reply => later_reply(p, t, flow, &note),
