@@ -14,8 +14,7 @@ use super::attach::Hook;
 use super::conns::Beside;
 use super::shapes::Flat;
 use super::{
-    ALWAYS, BpfError, ConnTable, Dataplane, Maps, Result, Ring, Shape, Sizes, Table, attach, failed, gates, generation,
-    make, raw,
+    ALWAYS, BpfError, ConnTable, Dataplane, Result, Shape, Sizes, Table, attach, failed, gates, generation, make, raw,
 };
 use crate::memory;
 use aya::programs::{ProgramFd, ProgramInfo};
