@@ -579,19 +579,15 @@ fn taken_out(wanted: &Wanted, host: &Observed, link: &Link) -> Option<Finding> {
     let old = host.decap.get(&link.name);
     let vips: BTreeSet<IpAddr> = wanted.vips.iter().copied().collect();
     let mss = wanted.mss.on(link);
-    let link_name = || link.name.clone();
-    let problem = match old {
-        Some(d) if d.gue_port == wanted.gue_port && vips.is_subset(&d.vips) => {
-            if d.mss == mss {
-                return None;
-            }
-            Problem::OtherMss { link: link_name(), there: d.mss }
-        }
-        _ => Problem::NotTakenOut { link: link_name() },
+    let (name, ends) = (link.name.clone(), |d: &&Decap| d.gue_port == wanted.gue_port && vips.is_subset(&d.vips));
+    let problem = match old.filter(ends) {
+        None => Problem::NotTakenOut { link: name.clone() },
+        Some(d) if d.mss != mss => Problem::OtherMss { link: name.clone(), there: d.mss },
+        Some(_) => return None,
     };
     let all = old.iter().flat_map(|d| d.vips.iter().copied()).chain(vips).collect();
     let new = Some(Decap { vips: all, gue_port: wanted.gue_port, mss });
-    let op = Op::Decap { link: link_name(), old: old.cloned(), new };
+    let op = Op::Decap { link: name, old: old.cloned(), new };
     Some(Finding { problem, mend: Mend::Ops(vec![op]) })
 }
 

@@ -11,8 +11,8 @@
 //!   data, ack=cookie+1   ------->           data, ack=s+1   ------->
 //! ```
 //! With a window of 0 the client does not send before there is a server to send to. Whatever it sends while there is none is a SYN
-//! again: its probes of the window see to a SYN that is lost, and to an ACK. A client that waits for the server to speak first does not acknowledge the opened window: when
-//! the server has sent its SYN,ACK again, it is acknowledged for the client.
+//! again: its probes of the window see to an ACK that is lost, and to a SYN. A client that waits for the server to speak first does not
+//! acknowledge the opened window: when the server has sent its SYN,ACK again, it is acknowledged for the client.
 //!
 //! ```text
 //! cookie   epoch:1 | offer:7 | mac:24

@@ -8,8 +8,9 @@
 //!     virtual service of this host? -> first packet of a flow? -> scheduler -> enter -> forward -> out
 //! ```
 //! The connection comes first: an established flow never pays for a service lookup, and what a known flow's packets seldom need
-//! (other than a rewrite for a next hop that is ready) is left to a stage of its own. So are packets with options or extension headers, which
-//! then take the same way. Each packet leaves through one [`Verdict`].
+//! (other than a rewrite for a next hop that is ready) is left to a stage of its own; what tunnels and full NAT need of every packet is near
+//! ([`near`]). Packets with options or extension headers are left to a stage, too, and then take the same way. Each packet leaves through one
+//! [`Verdict`].
 
 mod errors;
 mod fragments;
@@ -89,9 +90,9 @@ const STAGES: u32 = 14;
 #[inline(always)]
 fn stages<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Verdict {
     // Nearly always that is all.
-    let mut verdict = run::<I, P, T>(p, t, Stage::Whole, 0);
-    verdict = near::go::<I, P, T>(p, t, verdict);
-    further(verdict, |stage, number| run::<I, P, T>(p, t, stage, number))
+    let first = run::<I, P, T>(p, t, Stage::Whole, 0);
+    let near = near::go::<I, P, T>(p, t, first);
+    further(near, |stage, number| run::<I, P, T>(p, t, stage, number))
 }
 
 /// ... after the first one.

@@ -1,6 +1,6 @@
-//! The near way of known connections by tunnel and by full NAT: what most of their packets need, as functions of the program that looked
-//! the connection up, so that they do not pay for the way into another one. A packet that needs more goes there all the same: what is
-//! returned then is what was given.
+//! The near way of known connections by tunnel and by full NAT: what most of their packets need, as functions of the program that looked the
+//! connection up, so that they do not pay for the way into another one. What comes back is the verdict, or the stage that the packet goes on
+//! in: one that needs more goes there all the same.
 
 use crate::abi::{Tunnel, dest, tunnel};
 use crate::core::tunnelled;
@@ -9,7 +9,7 @@ use crate::frag::Part;
 use crate::fullnat;
 use crate::packet::{Flow, Ip, Packet, Window, parse};
 use crate::tables::{Of, Tables};
-use crate::verdict::{Reason, Stage, Verdict};
+use crate::verdict::{Reason, Stage, Verdict, drop};
 
 /// Where a plain packet goes on, without leaving the program.
 #[inline(always)]
@@ -72,29 +72,24 @@ pub fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, index: u32) ->
 /// A client's packet by full NAT.
 #[inline(always)]
 pub fn request<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, slot: u32) -> Verdict {
-    match known::<I, P, T>(p, t) {
-        Some(flow) => fullnat::request(p, t, &flow, slot),
-        None => Verdict::go(Stage::Fullnat, slot),
-    }
+    let Some(flow) = known::<I, P, T>(p, t) else { return drop(Reason::Internal) };
+    fullnat::request(p, t, &flow, slot)
 }
 
 /// A real server's reply by full NAT; then [`send`] sees to it.
 #[inline(always)]
 pub fn reply<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, slot: u32) -> Verdict {
-    match known::<I, P, T>(p, t) {
-        Some(flow) => fullnat::reply(p, t, &flow, slot),
-        None => Verdict::go(Stage::FullnatReply, slot),
-    }
+    let Some(flow) = known::<I, P, T>(p, t) else { return drop(Reason::Internal) };
+    fullnat::reply(p, t, &flow, slot)
 }
 
 #[inline(always)]
 pub fn send<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, number: u32) -> Verdict {
-    match known::<I, P, T>(p, t) {
-        Some(flow) => fullnat::send(p, t, &flow, number),
-        None => Verdict::go(Stage::FullnatSend, number),
-    }
+    let Some(flow) = known::<I, P, T>(p, t) else { return drop(Reason::Internal) };
+    fullnat::send(p, t, &flow, number)
 }
 
+/// What the packet said when its connection was looked up.
 #[inline(always)]
 fn known<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T) -> Option<Flow<I>> {
     t.kept().or_else(|| parse(p).ok())

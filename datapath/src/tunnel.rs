@@ -70,6 +70,7 @@ fn look<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, t: &Tunnel) -> Option<Inner
     };
     // The same for all packets of a flow, or all fragments of a datagram.
     let (mut noise, mut checked, mut sum) = (flow.part.id(), false, 0);
+    // (Nobody else asks.)
     if flow.part.is_whole() && (t.kind == tunnel::GUE || t.flags != 0) {
         let w = p.window(I::L4 + 8)?;
         noise = w.r32(I::L4);

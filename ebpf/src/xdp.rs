@@ -85,39 +85,26 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
 #[inline(always)]
 fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdict {
     let ctx = ctx.ctx;
+    /// See [`near::go`], which has the same stages in one function.
+    macro_rules! near {
+        ($tunnel:ident, $request:ident, $reply:ident, $send:ident) => {
+            |stage, number| match stage {
+                Stage::Tunnel => Some($tunnel(ctx, number, ifindex)),
+                Stage::Fullnat => Some($request(ctx, number, ifindex)),
+                Stage::FullnatReply => {
+                    let word = $reply(ctx, number);
+                    match Verdict::from_word(word).next() {
+                        Some((Stage::FullnatSend, number)) => Some($send(ctx, number, ifindex)),
+                        _ => Some(word),
+                    }
+                }
+                _ => None,
+            }
+        };
+    }
     match family {
-        Ok(4) => on(
-            whole4(ctx, ifindex),
-            |stage, number| match stage {
-                Stage::Tunnel => Some(near_tunnel4(ctx, number, ifindex)),
-                Stage::Fullnat => Some(near_request4(ctx, number, ifindex)),
-                Stage::FullnatReply => {
-                    let word = near_reply4(ctx, number);
-                    match Verdict::from_word(word).next() {
-                        Some((Stage::FullnatSend, number)) => Some(near_send4(ctx, number, ifindex)),
-                        _ => Some(word),
-                    }
-                }
-                _ => None,
-            },
-            || further4(ctx),
-        ),
-        Ok(_) => on(
-            whole6(ctx, ifindex),
-            |stage, number| match stage {
-                Stage::Tunnel => Some(near_tunnel6(ctx, number, ifindex)),
-                Stage::Fullnat => Some(near_request6(ctx, number, ifindex)),
-                Stage::FullnatReply => {
-                    let word = near_reply6(ctx, number);
-                    match Verdict::from_word(word).next() {
-                        Some((Stage::FullnatSend, number)) => Some(near_send6(ctx, number, ifindex)),
-                        _ => Some(word),
-                    }
-                }
-                _ => None,
-            },
-            || further6(ctx),
-        ),
+        Ok(4) => on(whole4(ctx, ifindex), near!(near_tunnel4, near_request4, near_reply4, near_send4), || further4(ctx)),
+        Ok(_) => on(whole6(ctx, ifindex), near!(near_tunnel6, near_request6, near_reply6, near_send6), || further6(ctx)),
         Err(verdict) => verdict,
     }
 }

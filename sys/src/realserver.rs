@@ -233,6 +233,7 @@ struct Record {
     static_arp: bool,
     /// With tunnels: where GUE comes to.
     gue_port: Option<u16>,
+    /// ... and what clients are told.
     mss: Mss,
     undo: Vec<Op>,
 }
@@ -250,7 +251,7 @@ impl Record {
             self.interfaces.clone_from(&wanted.interfaces);
             self.static_arp = wanted.static_arp;
             self.gue_port = (wanted.mode == Mode::Tun).then_some(wanted.gue_port);
-            self.mss = wanted.mss;
+            self.mss = if wanted.mode == Mode::Tun { wanted.mss } else { Mss::Off };
         }
         self
     }

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
+use rvs_control::api::TIMEOUT_VARIABLE;
+use rvs_control::limits::ANSWER_TIMEOUT_S;
+use rvs_lab::PATIENCE;
 
 const USAGE: &str = "\
 usage: cargo xtask vm [--icount] [--cpus N] [--memory MIB] [--seconds N] -- COMMAND [ARG]...
@@ -147,8 +150,8 @@ fn script(command: &[String]) -> Result<String> {
             text += &format!("export {name}={}\n", quoted(&value));
         }
     }
-    // (rvs_lab::PATIENCE)
-    text += &format!("export HOME=/root RVS_PATIENCE={SLOWER} RVS_TIMEOUT={}\n", 60 * SLOWER);
+    let timeout_s = ANSWER_TIMEOUT_S * u64::from(SLOWER);
+    text += &format!("export HOME=/root {PATIENCE}={SLOWER} {TIMEOUT_VARIABLE}={timeout_s}\n");
     let words: Vec<String> = command.iter().map(|w| quoted(w)).collect();
     text += "stty -F /dev/ttyS1 raw -echo\n";
     text += &format!("(cd {} && {}) >/dev/ttyS1 2>&1 </dev/null\n", quoted(&shown(&here)), words.join(" "));

@@ -20,6 +20,8 @@ use super::attach::{HANDLE, PRIORITY};
 use super::{BpfError, REALSERVER_OBJECT, Result, failed, raw};
 
 const PROGRAM: &str = "rvs_decap";
+/// It tells clients of a smaller MSS.
+const CLAMP: &str = "rvs_clamp";
 const VIPS: &str = "VIPS";
 
 /// What is on an interface.
@@ -27,14 +29,11 @@ pub(super) fn get(interface: &str) -> Result<Option<Decap>> {
     let Some(program) = attached(interface)? else { return Ok(None) };
     let mut decap = read(&program)?;
     // Without the other program it is only written down.
-    if decap.mss.is_some() && filter(interface, EGRESS).map_err(failed(what(interface)))?.is_none() {
+    if decap.mss.is_some() && filter(interface, &EGRESS).map_err(failed(what(interface)))?.is_none() {
         decap.mss = None;
     }
     Ok(Some(decap))
 }
-
-/// The program that tells clients of a smaller MSS.
-const CLAMP: &str = "rvs_clamp";
 
 /// Does a test packet for this address come out of its tunnel there?
 pub(super) fn prove(interface: &str, vip: IpAddr) -> Result<bool> {
@@ -46,50 +45,56 @@ pub(super) fn prove(interface: &str, vip: IpAddr) -> Result<bool> {
     Ok(code as i32 == TC_ACT_UNSPEC && out == bare)
 }
 
-/// Put the program there, in the place of an older one, or (`None`) take it away.
+/// Put the programs there, in the place of older ones, or (`None`) take them away.
 pub(super) fn set(interface: &str, decap: Option<&Decap>) -> Result<()> {
     let Some(decap) = decap else {
-        detach(interface, EGRESS)?;
-        return detach(interface, INGRESS);
+        detach(interface, &EGRESS)?;
+        return detach(interface, &INGRESS);
     };
     let mut ebpf = loaded(decap)?;
     match decap.mss {
-        Some(_) => attach(program(&mut ebpf, CLAMP)?, interface, EGRESS)?,
-        None => detach(interface, EGRESS)?,
+        Some(_) => attach(program(&mut ebpf, CLAMP)?, interface, &EGRESS)?,
+        None => detach(interface, &EGRESS)?,
     }
-    attach(program(&mut ebpf, PROGRAM)?, interface, INGRESS)
+    attach(program(&mut ebpf, PROGRAM)?, interface, &INGRESS)
 }
 
-/// A side of an interface: the parent of its filters, within clsact, and the name of our program there.
-type SideOf = (TcAttachType, u16, &'static str);
-const INGRESS: SideOf = (TcAttachType::Ingress, 0xfff2, PROGRAM);
-const EGRESS: SideOf = (TcAttachType::Egress, 0xfff3, CLAMP);
+/// A side of an interface.
+struct Side {
+    hook: TcAttachType,
+    /// Of its filters, within clsact.
+    parent: u16,
+    /// Ours there.
+    program: &'static str,
+}
+const INGRESS: Side = Side { hook: TcAttachType::Ingress, parent: 0xfff2, program: PROGRAM };
+const EGRESS: Side = Side { hook: TcAttachType::Egress, parent: 0xfff3, program: CLAMP };
 
 fn what(interface: &str) -> String {
     format!("the programs for tunnels on {interface}")
 }
 
 /// Take our filter away, if there is one.
-fn detach(interface: &str, side: SideOf) -> Result<()> {
+fn detach(interface: &str, side: &Side) -> Result<()> {
     if filter(interface, side).map_err(failed(what(interface)))?.is_some() {
         // Dropped, the link takes the filter away.
         drop(
-            SchedClassifierLink::attached(interface, side.0, PRIORITY, HANDLE, None)
+            SchedClassifierLink::attached(interface, side.hook, PRIORITY, HANDLE, None)
                 .map_err(failed(what(interface)))?,
         );
     }
     Ok(())
 }
 
-fn attach(program: &mut SchedClassifier, interface: &str, side: SideOf) -> Result<()> {
+fn attach(program: &mut SchedClassifier, interface: &str, side: &Side) -> Result<()> {
     let id = if filter(interface, side).map_err(failed(what(interface)))?.is_some() {
-        let there = SchedClassifierLink::attached(interface, side.0, PRIORITY, HANDLE, None);
+        let there = SchedClassifierLink::attached(interface, side.hook, PRIORITY, HANDLE, None);
         program.attach_to_link(there.map_err(failed(what(interface)))?)
     } else {
         // It is there already, if another put it there; what counts is whether the filter goes in.
         let _ = tc::qdisc_add_clsact(interface);
         let options = TcAttachOptions::Netlink(NlOptions { priority: PRIORITY, handle: HANDLE, classid: None });
-        program.attach_with_options(interface, side.0, options)
+        program.attach_with_options(interface, side.hook, options)
     };
     let link = program.take_link(id.map_err(failed(what(interface)))?).map_err(failed(what(interface)))?;
     // Dropped, it would take the filter away; it owns nothing else.
@@ -103,7 +108,7 @@ const TC_ACT_UNSPEC: i32 = -1;
 /// Our program on an interface.
 fn attached(interface: &str) -> Result<Option<ProgramInfo>> {
     let what = || format!("ask for the tc filters of {interface}");
-    let Some(id) = filter(interface, INGRESS).map_err(failed(what()))? else { return Ok(None) };
+    let Some(id) = filter(interface, &INGRESS).map_err(failed(what()))? else { return Ok(None) };
     Ok(loaded_programs().filter_map(std::result::Result::ok).find(|p| p.id() == id))
 }
 
@@ -174,7 +179,7 @@ fn read(program: &ProgramInfo) -> Result<Decap> {
 }
 
 /// The kernel's number of our program on a side of an interface.
-fn filter(interface: &str, (_, parent, name): SideOf) -> io::Result<Option<u32>> {
+fn filter(interface: &str, side: &Side) -> io::Result<Option<u32>> {
     let ifindex = match super::attach::ifindex_of(interface) {
         0 => return Err(io::ErrorKind::NotFound.into()),
         ifindex => ifindex,
@@ -183,7 +188,7 @@ fn filter(interface: &str, (_, parent, name): SideOf) -> io::Result<Option<u32>>
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     let mut message = TcMessage::with_index(ifindex as i32);
-    message.header.parent = TcHandle { major: 0xffff, minor: parent };
+    message.header.parent = TcHandle { major: 0xffff, minor: side.parent };
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let payload = NetlinkPayload::from(RouteNetlinkMessage::GetTrafficFilter(message));
@@ -204,7 +209,7 @@ fn filter(interface: &str, (_, parent, name): SideOf) -> io::Result<Option<u32>>
                 // No such qdisc: no filter.
                 NetlinkPayload::Error(error) if error.code.is_some() => return Ok(None),
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewTrafficFilter(m)) => {
-                    found = found.or_else(|| ours(&m, name));
+                    found = found.or_else(|| ours(&m, side.program));
                 }
                 _ => {}
             }
