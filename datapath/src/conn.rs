@@ -9,7 +9,7 @@
 //! |---|---|
 //! | dest | index of the dest; an index is used again only when a full sweep found no entry that names it, so it needs no generation |
 //! | SYNCED | came from the other director |
-//! | packets | packets from the client so far - 1, at most 3: who has sent fewer than four is the first to go of the established |
+//! | packets | packets from the client so far - 1, at most 3 (or [`PROVEN`]): who has sent fewer than four is the first to go of the established |
 //! | age | when the last packet came, in units of 2^shift s, modulo 2048; the shift depends on the state's timeout (`Row`) |
 //! | epoch | which of the two tables of rows the age was written by |
 //! | state | IPVS's own numbers: 11 of TCP, 1 of UDP, 14 of SCTP |
@@ -44,6 +44,8 @@ pub const DEST_MAX: u32 = (1 << 20) - 1;
 pub const SYNCED: u64 = 1 << 18;
 const PACKETS_SHIFT: u32 = 16;
 const PACKETS: u64 = 3 << PACKETS_SHIFT;
+/// A new flow whose client has proved its address (`cookie`): once established it is worth as much as one of many packets.
+pub const PROVEN: u64 = PACKETS;
 const EPOCH_SHIFT: u32 = 15;
 const EPOCH: u64 = 1 << EPOCH_SHIFT;
 const AGE_SHIFT: u32 = 4;
@@ -466,7 +468,7 @@ pub fn open<F: Addressing, C: Conns<F> + ?Sized>(
     state: u64,
     linked: bool,
 ) -> Opened {
-    let done = open_forward(c, key, dest, state, linked);
+    let done = open_forward(c, key, dest, state, if linked { LINKED } else { 0 });
     if !done.is_new() {
         if !done.is_there() {
             return Opened::Full;
@@ -496,16 +498,16 @@ pub fn open<F: Addressing, C: Conns<F> + ?Sized>(
     }
 }
 
-/// The first step: the forward entry.
+/// The first step: the forward entry. `marks`: [`LINKED`], [`PROVEN`].
 #[inline(always)]
 pub fn open_forward<F: Addressing, C: Conns<F> + ?Sized>(
     c: &C,
     key: &Key<F::Words>,
     dest: u32,
     state: u64,
-    linked: bool,
+    marks: u64,
 ) -> Outcome {
-    let rest = forward(c, key, dest, state) | if linked { LINKED } else { 0 };
+    let rest = forward(c, key, dest, state) | marks;
     count(c, key.control | rest, 1);
     let done = c.enter(key, rest, Slot::MAX);
     if !done.is_new() {

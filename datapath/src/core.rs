@@ -470,7 +470,8 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     } else {
         0
     };
-    let done = conn::open_forward::<I, _>(I::conns(t), &flow.key, dest, state, linked);
+    let marks = if linked { ct::LINKED } else { 0 } | if lent && flow.cookie != 0 { conn::PROVEN } else { 0 };
+    let done = conn::open_forward::<I, _>(I::conns(t), &flow.key, dest, state, marks);
     if done.is_new() {
         if linked {
             return Verdict::go(if lent { Stage::Lend } else { Stage::Link }, done.slot());

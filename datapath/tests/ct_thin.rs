@@ -17,7 +17,7 @@ fn table(state: u64, udp: u32, packets: u32) -> (Crowd<V4>, rvs_datapath::mem::M
     t.set_now(1000);
     for flow in &crowd.flows {
         let state = if udp > 0 { 0 } else { state };
-        assert!(conn::open_forward::<V4, _>(&t, &flow.key, 1, state, false).is_new());
+        assert!(conn::open_forward::<V4, _>(&t, &flow.key, 1, state, 0).is_new());
         for _ in 1..packets {
             let ct::Found::Live(hit) = ct::lookup::<V4, _>(t.table(), &flow.key) else { panic!("it is there") };
             let _ = conn::touch::<V4, _, _>(&t, &hit, &flow.key.words, true, |s| s);
@@ -63,4 +63,19 @@ fn of_udp_some_go_that_are_idle() {
     let gone = 100 - left(0, 1, 1, 61, 16);
     assert!((3..=25).contains(&gone), "{gone}");
     assert_eq!(left(0, 1, 1, 61, 16 * 8), 0);
+}
+
+/// A flood of handshakes that are made up does not take the place of who has proved its address.
+#[test]
+fn who_has_proved_its_address_is_in_use_from_the_first_packet() {
+    let crowd = Crowd::<V4>::new(SEED, 64, 2, 0, 1);
+    let t = crowd.table();
+    t.set_now(1000);
+    for (flow, (marks, class)) in
+        crowd.flows.iter().zip([(0, conn::class::FEW_PACKETS), (conn::PROVEN, conn::class::ESTABLISHED)])
+    {
+        assert!(conn::open_forward::<V4, _>(&t, &flow.key, 1, ESTABLISHED, marks).is_new());
+        let ct::Found::Live(hit) = ct::lookup::<V4, _>(t.table(), &flow.key) else { panic!("it is there") };
+        assert_eq!(conn::class(t.policy(), hit.control, 1000), class);
+    }
 }
