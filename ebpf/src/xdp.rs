@@ -103,8 +103,12 @@ fn process(ctx: &XdpContext, ifindex: u32, family: Result<u8, Verdict>) -> Verdi
         };
     }
     match family {
-        Ok(4) => on(whole4(ctx, ifindex), near!(near_tunnel4, near_request4, near_reply4, near_send4), || further4(ctx)),
-        Ok(_) => on(whole6(ctx, ifindex), near!(near_tunnel6, near_request6, near_reply6, near_send6), || further6(ctx)),
+        Ok(4) => {
+            on(whole4(ctx, ifindex), near!(near_tunnel4, near_request4, near_reply4, near_send4), || further4(ctx))
+        }
+        Ok(_) => {
+            on(whole6(ctx, ifindex), near!(near_tunnel6, near_request6, near_reply6, near_send6), || further6(ctx))
+        }
         Err(verdict) => verdict,
     }
 }
