@@ -214,6 +214,7 @@ pub fn unexpected(body: &ResponseBody) -> BackendError {
         ResponseBody::Timeouts(_) => "timeouts",
         ResponseBody::Daemons(_) => "daemons",
         ResponseBody::Drops(_) => "drops",
+        ResponseBody::Tables(_) => "tables",
         ResponseBody::Stats(_) => "stats",
         ResponseBody::LocalAddresses(_) => "local_addresses",
         ResponseBody::Defences(_) => "defences",

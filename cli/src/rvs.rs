@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 refused (the reason on stderr, one line, then detail), 2 usage.
 
+mod conntable;
 mod proc;
 mod service;
 mod set;
@@ -41,6 +42,9 @@ pub enum Query {
         #[arg(long)]
         json: bool,
     },
+    /// The connection tables: how full they are, and another size for them while packets come
+    #[command(subcommand)]
+    Conntable(conntable::Args),
     /// Rate limits, SYN cookies and PROXY headers of services
     #[command(subcommand)]
     Service(service::Args),
@@ -74,6 +78,7 @@ pub fn run(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backen
             Query::Proc { file } => proc::print(*file, &mut client, stdout),
             Query::Drops { json } => show::drops(*json, &mut client, stdout),
             Query::Status { json } => show::status(*json, &mut client, stdout),
+            Query::Conntable(args) => conntable::run(args, &mut client, stdout),
             Query::Service(args) => service::run(args, &mut client, stdout),
             Query::Set(args) => set::run(args, &mut client, stdout),
             Query::Why(args) => why::print(args, &mut client, stdout),

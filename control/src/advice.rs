@@ -20,6 +20,13 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         Reason::OtherProtocol => "virtual services are TCP, UDP and SCTP",
         Reason::Options | Reason::SourceRoute => "no virtual service gets such packets",
         Reason::Fragment => "it came before the first fragment of its datagram, or long after: see docs/drops.md",
+        Reason::FragmentHeld => "nothing: it goes on when the first fragment of its datagram has come",
+        Reason::Cut => {
+            "nothing; it is less work where the MTU towards the real servers has room for the tunnel's headers"
+        }
+        Reason::FragmentFlood => {
+            "find out what changes the order of so many packets, or who floods: rvs trace --filter 'reason fragment_flood'"
+        }
         Reason::FragmentTiny | Reason::FragmentOverlap | Reason::FragmentConflict => {
             "look for whoever makes such fragments; nobody honest does"
         }

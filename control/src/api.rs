@@ -26,7 +26,8 @@ pub use frame::{DecodeError, FrameError, LineDecoder, decode_request, decode_res
 pub use listing::{Chunks, Counters, DestCounters, daemons, defences, in_chunks, list, local_addresses, settings};
 pub use rows::{
     ConnOrigin, ConnRow, CpuStats, DaemonRow, DefenceRow, DestRow, DropRow, EngineData, ListRow, LocalAddressRow,
-    Rates, ServiceRow, SettingRow, Stats, StatsReport, Status, conn_state_name,
+    Rates, ServiceRow, SettingRow, StateRow, Stats, StatsReport, Status, TableRow, TablesMove, TablesReport,
+    conn_state_name,
 };
 pub use seen::{Connection, Frame, Outcome, Probe, ProbeProto, TracedRow, WhyDest, WhyRow};
 
@@ -91,6 +92,10 @@ pub enum RequestBody {
     Defences(Option<ServiceId>),
     /// Whether rvsd is ready, and what it is.
     Status,
+    /// The connection tables; answered by [`ResponseBody::Tables`].
+    Tables,
+    /// Tables of another size; [`ResponseBody::Done`] says that connections are being moved to them.
+    Resize(Resize),
     /// What would become of these packets, at most [`PROBES_MAX`](crate::limits::PROBES_MAX); answered by [`ResponseBody::Why`], a row
     /// each. Nothing changes by it.
     Why(Vec<Probe>),
@@ -322,6 +327,14 @@ pub enum Command {
     },
 }
 
+/// Connections that the tables are to hold at half load; `None`: as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    pub ipv4: Option<u32>,
+    pub ipv6: Option<u32>,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Response {
     pub id: u64,
@@ -358,6 +371,7 @@ pub enum ResponseBody {
     LocalAddresses(Vec<LocalAddressRow>),
     Defences(Vec<DefenceRow>),
     Status(Box<Status>),
+    Tables(Box<TablesReport>),
     Why(Vec<WhyRow>),
     Traced {
         packets: Vec<TracedRow>,

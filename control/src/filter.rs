@@ -334,6 +334,7 @@ impl Words<'_> {
             "forwarded" if side == Side::Either => kind(Kind::Forward),
             "answered" if side == Side::Either => kind(Kind::Answer),
             "passed" if side == Side::Either => kind(Kind::Pass),
+            "held" if side == Side::Either => kind(Kind::Held),
             "dropped" if side == Side::Either => kind(Kind::Drop),
             "service" if side == Side::Either => self.service()?,
             "dest" if side == Side::Either => self.dest()?,

@@ -13,6 +13,7 @@ pub mod lists;
 pub mod model;
 pub mod net;
 pub mod nexthop;
+pub mod parts;
 pub mod plan;
 pub mod realserver;
 pub mod settings;

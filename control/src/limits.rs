@@ -59,6 +59,21 @@ pub const PROBES_MAX: usize = 64;
 /// Packets in one line of `rvs trace`'s answer: with 2048 bytes of each, in hexadecimal, they fit in a response line.
 pub const TRACED_PER_LINE: usize = 64;
 
+/// Datagrams whose fragments wait for their first one. Each is looked up every other millisecond, which takes a few percent of a CPU with so many.
+pub const HELD_DATAGRAMS_MAX: usize = 1024;
+
+/// ... bytes of all their frames: what the kernel gives to reassembly (`ipfrag_high_thresh`).
+pub const HELD_BYTES_MAX: usize = 4 << 20;
+
+/// ... datagrams of one source, which is a client's share: an IPv4 address, or the /64 of an IPv6 one.
+pub const HELD_OF_SOURCE_MAX: usize = 64;
+
+/// ... fragments of one datagram: 64 KiB in the smallest that networks make (576 bytes).
+pub const HELD_OF_DATAGRAM_MAX: usize = 128;
+
+/// How long they wait, ms. Networks change the order of packets within milliseconds; the 30 s of the kernel are for what is lost.
+pub const HELD_MS: u64 = 3000;
+
 /// Longest filter of `rvs trace`, bytes, and how deep its parentheses may be nested: far more than anybody types.
 pub const FILTER_BYTES_MAX: usize = 4096;
 pub const FILTER_DEPTH_MAX: usize = 32;

@@ -53,6 +53,7 @@ pub struct Step {
     before: Vec<(ServiceKey, Option<Placed>)>,
     mirrors: Vec<(u32, Option<Mirror>)>,
     was: Option<Box<Rest>>,
+    watched: Option<BTreeMap<abi::ServiceKey, u64>>,
 }
 
 /// How much there may be of everything.
@@ -142,6 +143,8 @@ pub struct Planner {
     hops: BTreeMap<([u32; 3], u32), u32>,
     ways: BTreeMap<IpAddr, Way>,
     locals: BTreeSet<IpAddr>,
+    /// As in the map.
+    watched: BTreeMap<abi::ServiceKey, u64>,
     serial: u64,
     rest: Rest,
 }
@@ -155,6 +158,7 @@ impl Planner {
             hops: BTreeMap::new(),
             ways: BTreeMap::new(),
             locals: BTreeSet::new(),
+            watched: BTreeMap::new(),
             serial: 0,
             rest: Rest {
                 service_indexes: Indexes::new("service", 0, c.services),
@@ -238,6 +242,9 @@ impl Planner {
         }
         if let Some(rest) = step.was {
             self.rest = *rest;
+        }
+        if let Some(watched) = step.watched {
+            self.watched = watched;
         }
     }
 

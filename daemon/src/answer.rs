@@ -11,11 +11,13 @@ use rvs_control::filter::Filter;
 use rvs_control::limits;
 use rvs_control::model::{CommandError, DestKey, ServiceKey};
 use rvs_datapath::abi::Stats;
+use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::verdict::Reason;
-use rvs_sys::bpf::{BpfError, Flow, combine};
+use rvs_sys::bpf::{BpfError, ConnTable, Flow, combine};
 
 use crate::director::{Director, shown};
 use crate::rates::What;
+use crate::tables;
 
 /// An answer, or a listing that is read on as it is sent.
 pub enum Answer {
@@ -70,6 +72,8 @@ pub fn answer(d: &mut Director, request: Request) -> Answer {
         RequestBody::Daemons => ResponseBody::Daemons(api::daemons(&d.model)),
         RequestBody::Drops => or_refused(verdicts(d).map(ResponseBody::Drops)),
         RequestBody::Stats => or_refused(report(d).map(|r| ResponseBody::Stats(Box::new(r)))),
+        RequestBody::Tables => or_refused(tables::report(d).map(|r| ResponseBody::Tables(Box::new(r)))),
+        RequestBody::Resize(resize) => tables::resize(d, resize),
         RequestBody::Status => or_refused(status(d).map(|s| ResponseBody::Status(Box::new(s)))),
     };
     Answer::Lines(vec![Response::whole(id, body)])
@@ -214,12 +218,25 @@ impl Counters for Counted<'_> {
     }
 }
 
+/// Of both families' tables, the next buckets'.
+fn flows(tables: (&ConnTable<V4>, &ConnTable<V6>), at4: &mut u32, at6: &mut u32) -> (Vec<Flow>, bool) {
+    let (end4, end6) = (tables.0.buckets(), tables.1.buckets());
+    let found = if *at4 < end4 {
+        tables.0.flows(slice(at4, end4)).collect()
+    } else {
+        tables.1.flows(slice(at6, end6)).collect()
+    };
+    (found, *at4 >= end4 && *at6 >= end6)
+}
+
 /// All connections, read from the tables as they are sent: nothing is held but one chunk.
 pub struct ConnectionList {
     id: u64,
     /// Next bucket of CONN4, then of CONN6.
     at4: u32,
     at6: u32,
+    /// In the tables that are being left.
+    old: bool,
     done: bool,
 }
 
@@ -228,7 +245,21 @@ const BUCKETS: u32 = 4096;
 
 impl ConnectionList {
     fn new(id: u64) -> Self {
-        ConnectionList { id, at4: 0, at6: 0, done: false }
+        ConnectionList { id, at4: 0, at6: 0, old: false, done: false }
+    }
+
+    fn slice(&mut self, d: &mut Director) -> (Vec<Flow>, bool) {
+        let maps = &d.dataplane.maps;
+        flows((&maps.conns4, &maps.conns6), &mut self.at4, &mut self.at6)
+    }
+
+    /// Those that are not in the new tables yet.
+    fn old_ones(&mut self, d: &mut Director) -> (Vec<Flow>, bool) {
+        let Ok(Some(tables)) = d.dataplane.elder_tables() else { return (Vec::new(), true) };
+        let (mut found, done) = flows(tables, &mut self.at4, &mut self.at6);
+        let maps = &d.dataplane.maps;
+        found.retain(|f| !maps.knows(f));
+        (found, done)
     }
 
     /// The next lines; `None` at the end. Another task may run between two calls.
@@ -241,14 +272,11 @@ impl ConnectionList {
             maps.conns4.at(&config, &clock);
             maps.conns6.at(&config, &clock);
         }
-        let mut flows: Vec<Flow> = Vec::new();
-        let (end4, end6) = (maps.conns4.buckets(), maps.conns6.buckets());
-        if self.at4 < end4 {
-            flows.extend(maps.conns4.flows(slice(&mut self.at4, end4)));
-        } else {
-            flows.extend(maps.conns6.flows(slice(&mut self.at6, end6)));
+        let (flows, done) = if self.old { self.old_ones(d) } else { self.slice(d) };
+        if done {
+            // Those that are still in the tables that are being left come last.
+            (self.done, self.old, self.at4, self.at6) = (self.old, true, 0, 0);
         }
-        self.done = self.at4 >= end4 && self.at6 >= end6;
         let rows: Vec<ConnRow> = flows.iter().map(|f| row(d, f)).collect();
         let mut lines: Vec<Response> = rows
             .chunks(limits::ROWS_PER_CHUNK)

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,11 +10,12 @@ use rvs_control::api::{self, Code, Refusal};
 use rvs_control::capability::Capabilities;
 use rvs_control::model::{Change, Command, Env, FwdMethod, Model};
 use rvs_control::net::Link;
+use rvs_control::parts::Part;
 use rvs_control::plan::{Capacity, GRACE_MS, PlanError, Planner, RestoreError, Step, Way};
 use rvs_datapath::abi::Trace;
 use rvs_sys::bpf::attach::Hook;
 use rvs_sys::bpf::{BpfError, Dataplane, OBJECT};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::rates::Estimator;
 
@@ -49,12 +51,18 @@ pub struct Director {
     started: Instant,
     pub warnings: BTreeSet<String>,
     pub interfaces: BTreeMap<String, String>,
+    /// How each interface has the program, by its number.
+    pub hooks: BTreeMap<u32, Hook>,
+    /// The programs have been loaded anew.
+    pub reloaded: Rc<Notify>,
     /// Real servers that commands have added, and that the data plane can't reach before their way is known.
     unready: BTreeSet<IpAddr>,
     /// Sent to after each look at the network.
     pub looked: watch::Sender<()>,
     /// A client is being told of packets: interfaces are marked.
     pub tracing: bool,
+    /// Connections are to be moved to other tables.
+    pub moves: Rc<Notify>,
     /// Copies of the data plane, for `rvs why`: one at a time.
     pub rehearsals: Arc<Semaphore>,
 }
@@ -85,9 +93,12 @@ impl Director {
             started: Instant::now(),
             warnings: BTreeSet::new(),
             interfaces: BTreeMap::new(),
+            hooks: BTreeMap::new(),
+            reloaded: Rc::new(Notify::new()),
             unready: BTreeSet::new(),
             looked: watch::Sender::new(()),
             tracing: false,
+            moves: Rc::default(),
             rehearsals: Arc::new(Semaphore::new(1)),
         };
         // One before us may have been killed in the middle of it.
@@ -164,6 +175,7 @@ impl Director {
         };
         let lends = dest.is_some_and(|d| d.method == FwdMethod::Fullnat);
         if (lends || service.proxy || service.defence.cookies_above.is_some()) && self.dataplane.make_sides(OBJECT)? {
+            self.reloaded.notify_one();
             tracing::info!("room made for connections by full NAT, with SYN cookies and PROXY headers");
         }
         Ok(())
@@ -222,6 +234,20 @@ impl Director {
         let now_ms = self.now_ms();
         let step = self.planner.ways(ways, now_ms);
         self.dataplane.maps.apply(&step.ops)
+    }
+
+    /// The addresses of services and real servers may have changed: fragments of which may be ours?
+    pub fn watch(&mut self) -> Result<(), BpfError> {
+        let step = self.planner.watch(&self.model);
+        self.carry_out(step)
+    }
+
+    /// A frame comes in once more, by an interface that has the program still.
+    pub fn come_again(&mut self, part: &Part) {
+        let Some(hook) = self.hooks.get(&part.ifindex) else { return };
+        if let Err(error) = self.dataplane.inject(*hook, part.ifindex, &part.frame) {
+            tracing::debug!(error = %shown(&error), "a packet is dropped");
+        }
     }
 
     /// Settings that wait for memory to be short act, or no longer.

@@ -6,8 +6,10 @@ mod answer;
 mod director;
 mod network;
 mod options;
+mod parts;
 mod rates;
 mod socket;
+mod tables;
 mod trace;
 mod why;
 
@@ -96,9 +98,15 @@ async fn run(options: Options) -> Result<(), String> {
     tokio::task::spawn_local(socket::serve(listener, director.clone(), changed.clone()));
     tokio::task::spawn_local(network.follow(changed.clone()));
     tokio::task::spawn_local(ticks(director.clone(), checked.clone()));
+    tokio::task::spawn_local(parts::run(director.clone()));
     tokio::task::spawn_local(firewall(director.clone(), checked));
+    let moves = director.borrow().moves.clone();
+    tokio::task::spawn_local(tables::moves(director.clone(), moves));
     ready(&options.socket, &pin, &director.borrow(), adopted);
     stopped().await?;
+    if let Err(error) = director.borrow().dataplane.maps.take_for(0) {
+        tracing::warn!(error = %shown(&error), "the programs go on handing packets over for some seconds");
+    }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let _ = std::fs::remove_file(&options.socket);
     if options.teardown {

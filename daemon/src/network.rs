@@ -172,6 +172,7 @@ impl Network {
             if links.iter().any(|l| l.kind == "bridge") { self.net.fdb().await.map_err(say)? } else { Vec::new() };
         let ways = self.ways(&links, &neighbours, &fdb);
         self.director.borrow_mut().ways(ways).map_err(|e| shown(&e))?;
+        self.director.borrow_mut().watch().map_err(|e| shown(&e))?;
         self.replies_of_local_servers();
         self.director.borrow().looked.send_replace(());
         Ok(())
@@ -294,7 +295,9 @@ impl Network {
         self.vlans(links)?;
         self.without_tcx()?;
         let names = self.attached.values().map(|(name, hook)| (name.clone(), hook.name().to_owned())).collect();
-        self.director.borrow_mut().interfaces = names;
+        let hooks = self.attached.iter().map(|(ifindex, (_, hook))| (*ifindex, *hook)).collect();
+        let mut d = self.director.borrow_mut();
+        (d.interfaces, d.hooks) = (names, hooks);
         Ok(())
     }
 

@@ -120,6 +120,7 @@ pub fn kind(reason: Reason) -> Outcome {
         Kind::Forward => Outcome::Forwarded,
         Kind::Answer => Outcome::Answered,
         Kind::Pass => Outcome::Passed,
+        Kind::Held => Outcome::Held,
         Kind::Drop => Outcome::Dropped,
     }
 }

@@ -19,8 +19,8 @@ pub const VERSION: u64 = {
     hash
 };
 
-/// Names of the maps, as in the programs and in the pin folder. All but [`map::SERVICE_KEYS`], [`map::TIMER`] and [`map::TRACE_RING`] are
-/// arrays of one value, which holds all entries one after the other, each of whole 8-byte words: programs and user space reach
+/// Names of the maps, as in the programs and in the pin folder. All but [`map::SERVICE_KEYS`], [`map::WATCHED`], [`map::TIMER`] and the
+/// rings are arrays of one value, which holds all entries one after the other, each of whole 8-byte words: programs and user space reach
 /// them in memory. The number of entries is a power of two.
 pub mod map {
     /// [`crate::ct`] words of IPv4 flows, by bucket.
@@ -79,23 +79,37 @@ pub mod map {
     pub const TRACE: &str = "TRACE";
     /// [`super::TraceRoom`], one for each CPU.
     pub const TRACE_ROOM: &str = "TRACE_ROOM";
+    /// [`super::Move`], [`super::MOVES_MAX`]: flows to be entered that came from other tables.
+    pub const MOVES: &str = "MOVES";
+    /// [`super::Leave`], as many: their entries there, to be freed.
+    pub const LEAVES: &str = "LEAVES";
     /// Ring buffer of [`super::Traced`], each followed by the first bytes of its packet. It is not pinned: each load of the programs
     /// has one of its own.
     pub const TRACE_RING: &str = "TRACE_RING";
+    /// HASH [`super::ServiceKey`] of which only address and family count -> u64: bits [`super::watched`].
+    pub const WATCHED: &str = "WATCHED";
+    /// [`super::Taker`], one entry.
+    pub const TAKER: &str = "TAKER";
+    /// [`super::HandRoom`], one for each CPU.
+    pub const HAND_ROOM: &str = "HAND_ROOM";
+    /// Ring buffers of [`super::Handed`], each followed by its packet: fragments that came before their first one, and packets to be cut. Two,
+    /// so that a flood of the one leaves the other alone. Not pinned, as [`TRACE_RING`].
+    pub const EARLY_RING: &str = "EARLY_RING";
+    pub const LARGE_RING: &str = "LARGE_RING";
 }
 
 /// One entry.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// [`VERSION`] of who made the maps.
+    /// [`VERSION`] of who made the maps. This word and the next keep their places in all versions: see [`crate::elder`].
     pub version: u64,
-    pub seed: Seed,
-    pub policy: Policy,
     /// Bits [`config`].
     pub flags: u32,
     /// `Clock::ticks` when the policy's epoch was turned last.
     pub turned_at: u32,
+    pub seed: Seed,
+    pub policy: Policy,
     /// `--set` in seconds, as typed: tcp, tcpfin, udp, and one spare.
     pub timeouts_s: [u32; 4],
     /// Of so many packets that may begin a connection one is dropped (`drop_packet`); 0: none.
@@ -115,6 +129,8 @@ pub mod config {
     /// TCP and SCTP connections begin with any packet.
     pub const SLOPPY_TCP: u32 = 4;
     pub const SLOPPY_SCTP: u32 = 8;
+    /// These tables are being left for others: their programs see to the flows that they know, and begin none.
+    pub const ELDER: u32 = crate::elder::ELDER;
 }
 
 /// Written by the timer.
@@ -131,6 +147,8 @@ pub struct Clock {
     pub tick_ns: u64,
     /// Connections that `drop_entry` has taken.
     pub thinned: u64,
+    /// Entries that went for others, since both buckets were full, of IPv4 and of IPv6.
+    pub evicted: [u64; 2],
     /// Packets that `drop_packet` was asked about.
     pub begun: u64,
     pub stamps: Stamps,
@@ -507,6 +525,53 @@ pub mod fragment {
     pub const SOURCE: u32 = 6;
     pub const DESTINATION: u32 = 8;
 }
+/// Bits of a value of WATCHED.
+pub mod watched {
+    /// What comes for the address may be ours: it is a virtual address, or one of FULLNAT's local ones.
+    pub const DESTINATION: u64 = 1;
+    /// What comes from it may be: it is a real server whose replies go by us.
+    pub const SOURCE: u64 = 2;
+}
+/// Addresses that can be watched.
+pub const WATCHED_MAX: u32 = 1 << 17;
+
+/// Whether the daemon takes what it is handed ([`Handed`]).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taker {
+    /// Up to this second of [`Clock::now_s`]: nothing is handed to a daemon that is gone.
+    pub until_s: u64,
+}
+
+/// A packet that is handed to the daemon, which sends it through the programs again when it is time: its bytes follow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Handed {
+    /// Of which datagram, as in [`crate::frag::Key`].
+    pub addresses: [u64; 4],
+    pub rest: u64,
+    /// Interface that it counts as come in by.
+    pub ifindex: u32,
+    /// How long its parts may be (the IP packets), of what is to be cut; else 0.
+    pub room: u32,
+    /// Length of the frame.
+    pub len: u32,
+    pub spare: u32,
+}
+
+/// Longest frame that is handed over: BPF_PROG_TEST_RUN, by which it comes back, takes no longer one (a page, without what Linux 6.1 puts beside it).
+pub const HANDED_MAX: u32 = 3072;
+/// Room for one (a power of two).
+pub const HANDED_BYTES: usize = 4096;
+
+/// Where a CPU puts such a packet together.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct HandRoom {
+    pub head: Handed,
+    pub bytes: [u8; HANDED_BYTES],
+}
+
 /// Room for the programs' own structures.
 pub const SCRATCH_WORDS: usize = 64;
 
@@ -546,6 +611,69 @@ pub struct Traced {
     pub spare: u32,
 }
 
+/// Flows that are moved at a time (a power of two).
+pub const MOVES_MAX: u32 = 256;
+
+/// A flow that comes from other tables, in words that no layout has.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Move {
+    pub source: Address,
+    pub destination: Address,
+    /// The address that it was lent (FULLNAT), if [`moves::LENT`].
+    pub lent: Address,
+    /// Source port (high half) and destination port.
+    pub ports: u32,
+    pub dest: u32,
+    /// When its last packet came, of [`Clock::now_s`].
+    pub seen_s: u32,
+    /// Bits [`moves`]; 0: no flow.
+    pub flags: u32,
+    /// `before:8 | proto:8 | state:8 | packets:8`, the lowest last; before: see [`moves::UPDATE`].
+    pub kind: u32,
+    /// `port:16 | 0:2 | lacks, sent, proxied, told | scale:4 | has:6`, and what else [`crate::conn::fullnat::Lent`] has.
+    pub lent_kind: u32,
+    pub delta: u32,
+    pub first: u32,
+    pub server: u32,
+    pub cookie: u32,
+    /// What came of it: [`moves`]; written by the program.
+    pub outcome: u64,
+}
+/// Bits of [`Move::flags`], and outcomes.
+pub mod moves {
+    pub const USED: u32 = 1;
+    /// It has an entry for its replies.
+    pub const LINKED: u32 = 2;
+    pub const LENT: u32 = 4;
+    pub const SYNCED: u32 = 8;
+    /// It is there already: what has changed since, it is to be told. The state that it had is in the high byte of `Move::kind`.
+    pub const UPDATE: u32 = 16;
+    /// Entered, or there already.
+    pub const DONE: u64 = 1;
+    /// There is no room for it.
+    pub const FULL: u64 = 2;
+    /// Its reply tuple is another flow's.
+    pub const IN_USE: u64 = 3;
+}
+
+/// An entry of other tables, to be freed. What is said of them is all that programs need to know of their layout.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leave {
+    /// The control word that it is to have still: 0 is no entry.
+    pub expected: u64,
+    /// Number of the word in its table ...
+    pub word: u32,
+    /// ... that of IPv4 (4), or IPv6.
+    pub family: u32,
+    /// The dest that it counts for there, and in which word of its state: 0 ActiveConn, 1 InActConn.
+    pub dest: u32,
+    pub counter: u32,
+    /// 1: freed, and counted no more. Written by the program.
+    pub freed: u64,
+}
+
 /// Bytes of a packet that are kept (a power of two): a whole frame of an Ethernet without jumbo frames.
 pub const TRACE_BYTES: usize = 2048;
 
@@ -562,7 +690,7 @@ pub struct TraceRoom {
 /// Sizes, and no padding: the sum of the fields.
 const _: () = {
     assert!(size_of::<Config>() == 8 + 48 + (2 * 64 * 4 + 8) + 8 + 16 + 8 + 4 * SETTINGS_MAX);
-    assert!(size_of::<Clock>() == 40 + 256);
+    assert!(size_of::<Clock>() == 56 + 256);
     assert!(size_of::<Iface>() == 24);
     assert!(size_of::<Vlan>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
@@ -577,7 +705,11 @@ const _: () = {
     assert!(size_of::<Stats>() == 40);
     assert!(size_of::<CpuStats>() == 64);
     assert!(size_of::<Hop>() == 16);
+    assert!(size_of::<Move>() == 48 + 40 + 8);
+    assert!(size_of::<Leave>() == 32);
     assert!(size_of::<Trace>() == 16 + 32 + 4 + 4);
     assert!(size_of::<Traced>() == 32);
+    assert!(size_of::<Handed>() == 40 + 16);
+    assert!(size_of::<HandRoom>() == 56 + HANDED_BYTES);
     assert!(size_of::<TraceRoom>() == 8 + 32 + TRACE_BYTES);
 };

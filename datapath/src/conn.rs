@@ -33,6 +33,7 @@
 use crate::ct::{self, Buckets, Cost, Entry, Family, Found, Hit, Key, LINKED, Look, Outcome, REVERSE, Rank, Slot};
 
 mod addressing;
+pub mod carry;
 pub mod fullnat;
 pub mod thin;
 
@@ -80,7 +81,6 @@ pub fn link_of(reverse: u64) -> Slot {
 pub fn hop(reverse: u64) -> u8 {
     (reverse >> HOP_SHIFT) as u8
 }
-
 /// When the table is full, a lower class goes first; within a class the longest idle.
 pub mod class {
     /// Timed out already.
@@ -458,7 +458,6 @@ pub enum Opened {
 }
 
 /// Enter a flow that a lookup did not find. `linked`: with an entry for the replies (NAT).
-///
 /// Its steps, [`open_forward`], [`link`] and [`make_way`], are there for BPF programs, which take them one by one.
 #[inline(always)]
 pub fn open<F: Addressing, C: Conns<F> + ?Sized>(
@@ -476,13 +475,15 @@ pub fn open<F: Addressing, C: Conns<F> + ?Sized>(
         let there = done.control();
         return if there & REVERSE == 0 { Opened::Exists(self::dest(there)) } else { Opened::ReverseInUse };
     }
-    if !linked {
-        return Opened::New;
-    }
-    let mut place = done.slot();
+    if linked { link_up(c, key, done.slot(), class::HALF_OPEN) } else { Opened::New }
+}
+
+/// The entry for the replies of the forward one that has been made, or nothing of the two.
+#[inline(always)]
+fn link_up<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, mut place: Place, class: u32) -> Opened {
     let mut tries = 0;
     loop {
-        let done = link(c, key, place);
+        let done = link_as(c, key, place, class);
         if done.is_new() {
             return Opened::New;
         }
@@ -507,7 +508,12 @@ pub fn open_forward<F: Addressing, C: Conns<F> + ?Sized>(
     state: u64,
     marks: u64,
 ) -> Outcome {
-    let rest = forward(c, key, dest, state) | marks;
+    enter_forward(c, key, forward(c, key, dest, state) | marks)
+}
+
+/// Enter a forward entry, counted.
+#[inline(always)]
+fn enter_forward<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, rest: u64) -> Outcome {
     count(c, key.control | rest, 1);
     let done = c.enter(key, rest, Slot::MAX);
     if !done.is_new() {
@@ -537,13 +543,19 @@ pub fn dest_at<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, 
 /// business; if there is no room for it, [`give_up`]'s.
 #[inline(always)]
 pub fn link<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, place: Place) -> Outcome {
+    link_as(c, key, place, class::HALF_OPEN)
+}
+
+/// ... which is to go as one of this class does when there is no room.
+#[inline(always)]
+pub fn link_as<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, place: Place, class: u32) -> Outcome {
     let slot = slot_of(place);
     // If it has become another flow's meanwhile, the reverse entry leads nowhere, and goes when it is first met.
     let forward = ct::peek::<F, _>(c.table(), slot).control;
     // The dest was taken away this instant: no place.
     let Some(reverse) = reverse_key(c, key, forward, slot) else { return Outcome::FULL };
     let lent = if c.fullnat(dest(forward)) { LINKED } else { 0 };
-    let rest = lent | REVERSE | (slot as u64) << LINK_SHIFT | (class::HALF_OPEN as u64) << CLASS_SHIFT;
+    let rest = lent | REVERSE | (slot as u64) << LINK_SHIFT | u64::from(class) << CLASS_SHIFT;
     c.enter(&reverse, rest | (place >> 24) as u64 & ct::STATE, slot)
 }
 

@@ -148,6 +148,7 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
                 Err(verdict) => verdict,
             };
         }
+        Stage::Stranger => return Verdict::passed(number),
         Stage::Related | Stage::ErrorTunnel | Stage::ErrorLent | Stage::ErrorOuter => {
             return match I::find(p) {
                 Ok(place) => errors::related::<I, _, T>(&mut Far::<I, P>::new(p, place.by), t, place.by, stage, number),
@@ -155,6 +156,9 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
             };
         }
         _ => {}
+    }
+    if stage == Stage::Large {
+        return fragments::large(t, number);
     }
     // What the packet says is kept when it may begin a flow.
     let (kept, cookie) = match stage {
@@ -195,6 +199,8 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::Far => whole(p, t, flow, stage),
         Stage::FarReply => reply_apart(p, t, flow),
         Stage::Fragment => fragments::later(p, t, flow),
+        Stage::Early => fragments::early(t, flow),
+        Stage::Elsewhere => fragments::elsewhere(t, flow, number),
         Stage::Retire => retire(t, flow),
         Stage::Linked => linked(p, t, flow, number),
         Stage::Forward | Stage::Anew => forward(p, t, flow, number),
@@ -218,7 +224,7 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
 #[inline(always)]
 pub fn open<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, stage: Stage, number: u32) -> Verdict {
     match stage {
-        Stage::First => first(t, flow),
+        Stage::First => fragments::after_first(t, flow, first(t, flow)),
         Stage::Note => fragments::first_fragment(t, flow),
         Stage::Enter => enter(t, flow, number),
         Stage::Link => link(I::conns(t), flow, number),
@@ -415,6 +421,9 @@ fn has<T: Tables>(t: &T, flag: u32) -> bool {
 /// A packet of no known flow: enter it, if it is for a virtual service and may open one. It then is the first packet of that flow.
 #[inline(always)]
 fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    if has(t, config::ELDER) {
+        return pass(Reason::NoConnection);
+    }
     let key = ServiceKey {
         address: I::bytes(flow.destination()),
         port: flow.key.dport(),
@@ -627,8 +636,14 @@ fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, in
     let to = d.address;
     match tunnelled::<I, O, P>(p, flow, &by, &to, &hop, mtu, reason) {
         Ok(verdict) => verdict,
-        Err(_) if I::may_fragment(p) || reason != Reason::Tunnel => drop(Reason::TooBig),
-        Err(room) => Verdict::go(Stage::TooBig, room),
+        Err(_) if reason != Reason::Tunnel => drop(Reason::TooBig),
+        Err(room) if !I::may_fragment(p) => Verdict::go(Stage::TooBig, room),
+        Err(room) if t.takes() => {
+            // Its parts come by here again, and are counted then.
+            t.uncount_in(index, flow.len);
+            Verdict::go(Stage::Large, room)
+        }
+        Err(_) => drop(Reason::TooBig),
     }
 }
 
@@ -741,7 +756,7 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     let c = I::conns(t);
     if flow.part.is_later() {
         let frag::Found::Note(note) = t.find_note(&fragments::datagram(&flow)) else { return None };
-        if !note.reply || flow.part.at() < note.end {
+        if note.kind != frag::Kind::Reply || flow.part.at() < note.end {
             return None;
         }
         t.count_out(note.dest, flow.len);

@@ -5,10 +5,14 @@
 //! datagram. Writers claim a place by compare-and-swap of its control word, and publish by it; readers take what they read if the control word is the
 //! same before and after. (The same word with another key in between is of the same second, dest and length: one in a very great many.)
 //!
+//! A fragment that comes before its first one may be handed to the daemon, which holds it until there is a note. So that the first one of a datagram that
+//! is none of ours does not leave the others waiting, it notes that ([`Kind::Elsewhere`]).
+//!
 //! What can't be told apart is not sent anywhere: an id used again for another way while a note holds turns that into a note of a conflict.
 //! Fragments that reach into the first one, which says where they go to, are dropped.
 
 use crate::abi::{FRAGMENTS_MAX, fragment};
+use crate::ct::Seed;
 use crate::tables::Tables;
 
 /// Seconds that a note holds (`net.ipv4.ipfrag_time`).
@@ -59,7 +63,7 @@ impl Part {
 
 /// Of which datagram: addresses as they lie in the packet (IPv4: the first word), `id:32 | family:8 | protocol:8`.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Key {
     pub addresses: [u64; 4],
     pub rest: u64,
@@ -89,13 +93,45 @@ pub struct Note {
     pub dest: u32,
     /// End of the first fragment, in units of eight bytes.
     pub end: u16,
-    /// A reply (NAT, FULLNAT), from the virtual address.
-    pub reply: bool,
+    pub kind: Kind,
 }
 
-/// Control word: `time:24 | conflict:1 | reply:1 | busy:1 | 0:4 | end:13 | dest:20`; 0: free.
+impl Note {
+    /// It is none of ours.
+    pub const ELSEWHERE: Note = Note { source: [0; 2], destination: [0; 2], dest: 0, end: 0, kind: Kind::Elsewhere };
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// A client's.
+    Request,
+    /// A reply (NAT, FULLNAT), from the virtual address.
+    Reply,
+    /// None of ours: the kernel's.
+    Elsewhere,
+}
+
+/// The notes, to be read.
+pub trait Notes {
+    fn note_word(&self, place: u32, word: u32) -> u64;
+    fn note_seed(&self) -> &Seed;
+}
+impl<T: Tables> Notes for T {
+    #[inline(always)]
+    fn note_word(&self, place: u32, word: u32) -> u64 {
+        self.fragment(place, word)
+    }
+    #[inline(always)]
+    fn note_seed(&self) -> &Seed {
+        &self.config().seed
+    }
+}
+
+/// Control word: `time:24 | conflict:1 | reply:1 | busy:1 | elsewhere:1 | 0:3 | end:13 | dest:20`; 0: free.
 const DEST: u64 = 0xf_ffff;
 const END: u32 = 20;
+const ENDS: u64 = 0x1fff << END;
+const ELSEWHERE: u64 = 1 << 36;
 const BUSY: u64 = 1 << 37;
 const REPLY: u64 = 1 << 38;
 const CONFLICT: u64 = 1 << 39;
@@ -103,8 +139,12 @@ const TIME: u32 = 40;
 
 #[inline(always)]
 fn word(note: &Note, now_s: u32) -> u64 {
-    let reply = if note.reply { REPLY } else { 0 };
-    u64::from(now_s) << TIME | reply | u64::from(note.end & 0x1fff) << END | u64::from(note.dest) & DEST
+    let kind = match note.kind {
+        Kind::Request => 0,
+        Kind::Reply => REPLY,
+        Kind::Elsewhere => ELSEWHERE,
+    };
+    u64::from(now_s) << TIME | kind | u64::from(note.end & 0x1fff) << END | u64::from(note.dest) & DEST
 }
 
 /// Seconds since it was written.
@@ -114,8 +154,8 @@ fn age_s(control: u64, now_s: u32) -> u32 {
 }
 
 #[inline(always)]
-fn pair<T: Tables>(t: &T, place: u32, word: u32) -> [u64; 2] {
-    [t.fragment(place, word), t.fragment(place, word + 1)]
+fn pair<T: Notes>(t: &T, place: u32, word: u32) -> [u64; 2] {
+    [t.note_word(place, word), t.note_word(place, word + 1)]
 }
 #[inline(always)]
 fn set_pair<T: Tables>(t: &T, place: u32, word: u32, pair: &[u64; 2]) {
@@ -125,8 +165,8 @@ fn set_pair<T: Tables>(t: &T, place: u32, word: u32, pair: &[u64; 2]) {
 
 /// The first place of its bucket.
 #[inline(always)]
-fn bucket<T: Tables>(t: &T, key: &Key) -> u32 {
-    let seed = &t.config().seed.0;
+fn bucket<T: Notes>(t: &T, key: &Key) -> u32 {
+    let seed = &t.note_seed().0;
     let mix = |sum: u64, word: u64| (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
     let mut sum = mix(seed[0], key.rest);
     let mut i = 0;
@@ -139,15 +179,15 @@ fn bucket<T: Tables>(t: &T, key: &Key) -> u32 {
 
 /// Is a note for this key at this place? Its control word.
 #[inline(always)]
-fn is_at<T: Tables>(t: &T, place: u32, key: &Key, now_s: u32) -> Option<u64> {
-    let control = t.fragment(place, fragment::CONTROL);
+fn is_at<T: Notes>(t: &T, place: u32, key: &Key, now_s: u32) -> Option<u64> {
+    let control = t.note_word(place, fragment::CONTROL);
     if control == 0 || control & BUSY != 0 || age_s(control, now_s) > HOLDS_S {
         return None;
     }
-    let mut other = t.fragment(place, fragment::REST) ^ key.rest;
+    let mut other = t.note_word(place, fragment::REST) ^ key.rest;
     let mut i = 0;
     while i < 4 {
-        other |= t.fragment(place, fragment::ADDRESSES + i) ^ key.addresses[i as usize];
+        other |= t.note_word(place, fragment::ADDRESSES + i) ^ key.addresses[i as usize];
         i += 1;
     }
     (other == 0).then_some(control)
@@ -159,27 +199,32 @@ pub enum Found {
     Note(Note),
     /// Two datagrams with this key.
     Conflict,
+    /// It is none of ours.
+    Elsewhere,
     None,
 }
 
 /// The note that the first fragment of this datagram left.
 #[inline(always)]
-pub fn find<T: Tables>(t: &T, key: &Key, now_s: u32) -> Found {
+pub fn find<T: Notes>(t: &T, key: &Key, now_s: u32) -> Found {
     let (first, mut i) = (bucket(t, key), 0);
     while i < WAYS {
         let place = first + i;
         i += 1;
         let Some(control) = is_at(t, place, key, now_s) else { continue };
         let (source, destination) = (pair(t, place, fragment::SOURCE), pair(t, place, fragment::DESTINATION));
-        if t.fragment(place, fragment::CONTROL) != control {
+        if t.note_word(place, fragment::CONTROL) != control {
             continue;
         }
         if control & CONFLICT != 0 {
             return Found::Conflict;
         }
+        if control & ELSEWHERE != 0 {
+            return Found::Elsewhere;
+        }
         return Found::Note(Note {
             dest: (control & DEST) as u32,
-            reply: control & REPLY != 0,
+            kind: if control & REPLY != 0 { Kind::Reply } else { Kind::Request },
             source,
             destination,
             end: (control >> END) as u16 & 0x1fff,
@@ -188,7 +233,8 @@ pub fn find<T: Tables>(t: &T, key: &Key, now_s: u32) -> Found {
     Found::None
 }
 
-/// Leave a note for what comes after this first fragment. False: there is one that says otherwise, and this datagram goes nowhere.
+/// Leave a note for what comes after this first fragment. False: there is one that says otherwise, and this datagram goes nowhere. (If the first
+/// fragment itself was cut once more, all else is the same, and the shorter one holds.)
 #[inline(always)]
 pub fn leave<T: Tables>(t: &T, key: &Key, note: &Note, now_s: u32) -> bool {
     let (first, mut i) = (bucket(t, key), 0);
@@ -199,10 +245,11 @@ pub fn leave<T: Tables>(t: &T, key: &Key, note: &Note, now_s: u32) -> bool {
         i += 1;
         if let Some(control) = is_at(t, place, key, now_s) {
             // The same again, as networks do, or another one.
-            let same = (control ^ new) << (64 - TIME) == 0
+            let same = ((control ^ new) & !ENDS) << (64 - TIME) == 0
                 && pair(t, place, fragment::SOURCE) == note.source
                 && pair(t, place, fragment::DESTINATION) == note.destination;
-            let word = if same { new } else { new | CONFLICT };
+            let end = (control & ENDS).min(new & ENDS);
+            let word = if same { new & !ENDS | end } else { new | CONFLICT };
             return t.swap_fragment(place, control, word) && same;
         }
         let control = t.fragment(place, fragment::CONTROL);

@@ -12,6 +12,7 @@ pub mod core;
 pub mod crc;
 pub mod csum;
 pub mod ct;
+pub mod elder;
 pub mod far;
 pub mod frag;
 pub mod fullnat;

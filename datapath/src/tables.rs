@@ -70,6 +70,14 @@ pub trait Tables {
     /// Compare-and-swap of the control word.
     fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool;
 
+    /// Bits [`crate::abi::watched`] of an address: may fragments to it, or from it, be ours?
+    fn watched<I: Ip>(&self, address: I::Addr) -> u64;
+    /// Is there a daemon that takes what it is handed?
+    fn takes(&self) -> bool;
+    /// Hand the packet over, as it is: a fragment of this datagram that came too early, or (`None`) one to be cut into parts of up to `room` bytes.
+    /// False: there is no room for it, or it is too long.
+    fn hand(&self, early: Option<&frag::Key>, room: u32) -> bool;
+
     /// A client's word (see `limits`).
     fn rate(&self, place: u32) -> u64;
     /// Compare-and-swap.
@@ -109,6 +117,8 @@ pub trait Tables {
 
     fn count_connection(&self, dest: u32);
     fn count_in(&self, dest: u32, bytes: u32);
+    /// ... and take that back.
+    fn uncount_in(&self, dest: u32, bytes: u32);
     fn count_out(&self, dest: u32, bytes: u32);
     /// Number of this packet that may begin a connection, from 0 (`drop_packet`).
     fn begun(&self) -> u64;

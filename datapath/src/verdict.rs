@@ -82,6 +82,14 @@ pub enum Stage {
     /// A client's packet of a connection whose server has not acknowledged its PROXY header; the number is the slot of its forward entry
     /// (or see [`crate::proxy::TURNED`]).
     Announce = 30,
+    /// Of no flow that is known here, and it begins none; the number is the reason for which it is passed. An elder may know it.
+    Stranger = 31,
+    /// A fragment that came before the first one of its datagram.
+    Early = 32,
+    /// A first fragment that is none of ours: those after it are told. The number is the low half of its verdict.
+    Elsewhere = 33,
+    /// Too large for a tunnel, and to be cut: its parts may have as many bytes as the number says.
+    Large = 34,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -94,6 +102,10 @@ const OUT: u64 = 0;
 const BACK: u64 = 1;
 const UP: u64 = 2;
 const DROP: u64 = 3;
+/// With DROP: not dropped, but done with (so that who goes on has nothing to look at).
+const DONE: u64 = 1 << 10;
+/// The counter of what the elder has done, which no reason has: the elder has counted it.
+const DONE_COUNTER: u64 = COUNTERS as u64 - 1;
 const GO: u64 = 1 << 63;
 const RESOLVE: u64 = 1 << 16;
 
@@ -115,6 +127,28 @@ impl Verdict {
     #[inline(always)]
     pub fn resolve(ifindex: u32, reason: Reason) -> Verdict {
         Verdict(u64::from(ifindex) << 32 | RESOLVE | OUT << 8 | reason as u64)
+    }
+    /// The elder has done it all, and this is its hook's code (see [`crate::elder`]), of which the low byte says enough. As an action this is a drop: who
+    /// has one asks [`Verdict::code`].
+    #[inline(always)]
+    pub fn done(code: u32) -> Verdict {
+        Verdict(u64::from(code as u8) << 32 | DONE | DROP << 8 | DONE_COUNTER)
+    }
+    #[inline(always)]
+    pub fn code(self) -> Option<u8> {
+        (self.0 & DONE != 0).then_some((self.0 >> 32) as u8)
+    }
+    /// Passed on, as it came: for a reason of that kind.
+    #[inline(always)]
+    pub fn is_passed(self) -> bool {
+        const FIRST: u32 = Reason::NotIp as u32;
+        const LAST: u32 = Reason::ReplyTtl as u32;
+        self.counter().wrapping_sub(FIRST) <= LAST - FIRST
+    }
+    /// To a [`Stage::Stranger`] with this number.
+    #[inline(always)]
+    pub fn passed(number: u32) -> Verdict {
+        Verdict(UP << 8 | u64::from(number as u8))
     }
     #[inline(always)]
     pub fn is_to_resolve(self) -> bool {
@@ -162,6 +196,10 @@ impl Verdict {
             28 => Stage::Challenge,
             29 => Stage::Knock,
             30 => Stage::Announce,
+            31 => Stage::Stranger,
+            32 => Stage::Early,
+            33 => Stage::Elsewhere,
+            34 => Stage::Large,
             _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -174,6 +212,11 @@ impl Verdict {
             UP => Action::Up,
             _ => Action::Drop,
         }
+    }
+    /// Up to the kernel, and no further stage.
+    #[inline(always)]
+    pub fn is_up(self) -> bool {
+        self.0 >> 8 == UP
     }
     /// Out of a VLAN device ([`hop::VLAN`]), of a packet that goes no further?
     #[inline(always)]
@@ -229,6 +272,8 @@ pub enum Kind {
     /// An answer of our own.
     Answer,
     Pass,
+    /// Handed to rvsd: it comes again.
+    Held,
     Drop,
 }
 
@@ -256,18 +301,21 @@ reasons! {
     Icmp "icmp" Pass "ICMP: the kernel answers or forwards";
     Options "ip_options" Pass "more extension headers than are looked through: left to the kernel";
     SourceRoute "source_route" Pass "a routing header says that this is not its last destination: left to the kernel";
-    Fragment "fragment" Pass "a fragment of ICMP, or of a datagram whose first fragment was none of ours or has not come yet";
+    Fragment "fragment" Pass "a fragment of ICMP, or of a datagram whose first fragment was none of ours; or that has not come yet, and rvsd is not there to hold it";
     ShortTransport "short_transport" Pass "TCP, UDP or SCTP header cut short or too small: left to the kernel";
     NoService "no_service" Pass "no virtual service has this address and port";
     NotLocal "not_local" Pass "the virtual address is not one of this host's (a backup director?)";
     NoConnection "no_connection" Pass "TCP or SCTP to a virtual service, but not a SYN or INIT, and of no known connection";
     ReplyTtl "reply_ttl" Pass "a reply whose TTL is used up: the kernel answers the real server";
+    FragmentHeld "fragment_held" Held "a fragment that came before the first one of its datagram: rvsd holds it until then";
+    Cut "cut" Held "too large for the tunnel, and allowed to be fragmented: rvsd cuts it into parts that fit";
     Short "short" Drop "IP header cut short";
     Malformed "malformed" Drop "IP version, header length or total length are wrong";
     FragmentTiny "fragment_tiny" Drop "a first fragment without the whole of the TCP, UDP or SCTP header";
     FragmentOverlap "fragment_overlap" Drop "a fragment that reaches into the first one";
     FragmentSctp "fragment_sctp" Drop "a fragment of SCTP by NAT to another port: its checksum is over the whole datagram";
     FragmentConflict "fragment_conflict" Drop "a fragment of two datagrams with the same id that go different ways";
+    FragmentFlood "fragment_flood" Drop "a fragment that came before the first one of its datagram: more of them than rvsd can be handed, or too long";
     Extensions "extension_headers" Drop "IPv6 extension headers that end behind the packet's end";
     Martian "martian_source" Drop "a source address that no client can have";
     TableFull "table_full" Drop "connection table full of flows that must not be evicted";
@@ -286,7 +334,7 @@ reasons! {
     NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";
     TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second, or a fragment that is not the first";
     NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
-    TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, which is not done here: raise the MTU towards the real servers";
+    TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, but rvsd, which does that, is not there or has too much of it to do: raise the MTU towards the real servers";
     TooBigLimited "too_big_limited" Drop "too large for the tunnel: not answered, too many ICMP errors this second";
     LoopbackDest "loopback_dest" Drop "the real server is a loopback address of this host, where no packet from outside may go: use -g, or another address";
     Internal "internal" Drop "a table of the data plane is missing an entry (a bug)";
@@ -294,13 +342,42 @@ reasons! {
 
 /// Counters kept (a power of two, so that an index is easily bounded).
 pub const COUNTERS: usize = 128;
-const _: () = assert!(Reason::ALL.len() <= COUNTERS);
+const _: () = assert!(Reason::ALL.len() < COUNTERS);
 
 #[inline(always)]
 pub fn pass(reason: Reason) -> Verdict {
     Verdict::new(Action::Up, reason)
 }
+/// Of no flow: passed for this reason, unless an elder knows better.
+#[inline(always)]
+pub fn stranger(reason: Reason) -> Verdict {
+    Verdict::go(Stage::Stranger, reason as u32)
+}
 #[inline(always)]
 pub fn drop(reason: Reason) -> Verdict {
     Verdict::new(Action::Drop, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_to_pass_are_neighbours() {
+        for reason in Reason::ALL {
+            let verdict = Verdict::new(Action::Up, *reason);
+            assert_eq!(verdict.is_passed(), reason.kind() == Kind::Pass, "{reason:?}");
+            assert_eq!((Verdict::passed(*reason as u32), verdict.code()), (verdict, None));
+        }
+    }
+
+    #[test]
+    fn what_the_elder_did_is_no_reason_of_ours() {
+        for code in [0, 1, 4, 7, 0xff] {
+            let done = Verdict::done(u32::from(code));
+            assert_eq!((done.action(), done.code()), (Action::Drop, Some(code)));
+            assert!(done.next().is_none() && !done.is_by_vlan() && !done.is_passed());
+            assert!(done.counter() as usize >= Reason::ALL.len());
+        }
+    }
 }

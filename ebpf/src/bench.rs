@@ -9,6 +9,7 @@
 mod calls;
 mod ctx;
 mod flat;
+mod hand;
 mod maps;
 mod object;
 mod stages;

@@ -28,6 +28,8 @@ pub struct Scratch<F: Family> {
     query: FibLookup,
     /// The VLAN device that a frame came in by, whose tags are off; else 0.
     vlan: u64,
+    /// Its tags, as they were.
+    tags: u64,
     /// What the further stages begin with.
     verdict: u64,
     /// The only one that outlives a packet.
@@ -99,6 +101,19 @@ pub fn set_vlan(ifindex: u32) {
     // SAFETY: as above.
     unsafe { (*scratch::<V4>()).vlan = ifindex as u64 };
 }
+/// The tags that were taken off it.
+#[allow(dead_code, reason = "the programs that measure have the same scratch")]
+#[inline(always)]
+pub fn set_tags(tags: u64) {
+    // SAFETY: as above.
+    unsafe { (*scratch::<V4>()).tags = tags };
+}
+#[allow(dead_code, reason = "as above")]
+#[inline(always)]
+pub fn tags() -> u64 {
+    // SAFETY: as above.
+    unsafe { (*scratch::<V4>()).tags }
+}
 #[inline(always)]
 pub fn vlan() -> u32 {
     // SAFETY: as above.
@@ -133,6 +148,7 @@ pub fn find_note(key: &frag::Key) -> Found {
     match frag_find() {
         0 => Found::None,
         1 => Found::Conflict,
+        2 => Found::Elsewhere,
         // SAFETY: as above.
         _ => Found::Note(unsafe { (*s).note }),
     }
@@ -154,10 +170,11 @@ pub extern "C" fn frag_find() -> u32 {
     match unsafe { frag::find(&t, &(*s).datagram, t.conns4().now_s()) } {
         Found::None => 0,
         Found::Conflict => 1,
+        Found::Elsewhere => 2,
         Found::Note(note) => {
             // SAFETY: as above.
             unsafe { (*s).note = note };
-            2
+            3
         }
     }
 }
@@ -186,6 +203,7 @@ macro_rules! calls {
                     $release_fn(LOST);
                 }
                 if (*s).cost.evicted.control != 0 {
+                    crate::maps::count_evicted(<$family as Ip>::FAMILY);
                     $release_fn(EVICTED);
                 }
                 (*s).cost.settle(outcome, own)

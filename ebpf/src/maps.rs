@@ -14,6 +14,7 @@ use rvs_datapath::abi::{
     Service, ServiceKey, ServiceState, Tunnel, Vlan, fragment, hop,
 };
 use rvs_datapath::ct::{Family, V4, V6};
+use rvs_datapath::elder::ELDER;
 use rvs_datapath::frag;
 use rvs_datapath::packet::{Flow, Ip};
 use rvs_datapath::tables::{Machine, Route, Tables, Walker};
@@ -22,6 +23,7 @@ use rvs_datapath::verdict::{COUNTERS, Verdict};
 use crate::calls;
 use crate::ctx::forget;
 use crate::flat::{constant, cpu, flat};
+use crate::hand::{self, From};
 use crate::words::Table;
 
 // By the sizes that the loader gives.
@@ -89,6 +91,21 @@ pub fn count_verdict(verdict: Verdict) {
     let number = cpu() as usize * COUNTERS + verdict.counter() as usize;
     // SAFETY: this CPU's own value; the map has so many for each.
     unsafe { *Verdicts::first().add(number) += 1 };
+}
+
+/// Passed, by an elder (1, else 0): whoever asked it goes on with the packet, and counts it. A function of its own, so that what is not passed, and has
+/// registers in better use, does not pay for it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn anothers(verdict: u64) -> u64 {
+    let verdict = Verdict::from_word(verdict);
+    let anothers = config().flags & ELDER != 0 && verdict.is_passed();
+    if anothers {
+        let number = cpu() as usize * COUNTERS + verdict.counter() as usize;
+        // SAFETY: as in `count_verdict`, which has counted it.
+        unsafe { *Verdicts::first().add(number) -= 1 };
+    }
+    anothers as u64
 }
 
 #[inline(always)]
@@ -240,6 +257,20 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         }
     }
     #[inline(always)]
+    fn watched<I: Ip>(&self, address: I::Addr) -> u64 {
+        hand::watched(I::bytes(address), I::FAMILY)
+    }
+    #[inline(always)]
+    fn takes(&self) -> bool {
+        // (An elder's rings nobody reads.)
+        hand::taken() && config().flags & ELDER == 0
+    }
+    #[inline(always)]
+    fn hand(&self, early: Option<&frag::Key>, room: u32) -> bool {
+        let from = if SKB { From::Skb(self.ctx as *mut _) } else { From::Xdp(self.ctx as *mut _) };
+        hand::hand(from, early, self.ifindex, room)
+    }
+    #[inline(always)]
     fn rate(&self, place: u32) -> u64 {
         // SAFETY: a valid value, read as a whole word.
         unsafe { Rates::at(place).read_volatile() }
@@ -332,6 +363,15 @@ impl<const SKB: bool> Tables for Maps<SKB> {
         }
     }
     #[inline(always)]
+    fn uncount_in(&self, dest: u32, bytes: u32) {
+        let s = DestStats::mine(dest);
+        // SAFETY: see above.
+        unsafe {
+            (*s).stats.packets_in -= 1;
+            (*s).stats.bytes_in -= bytes as u64;
+        }
+    }
+    #[inline(always)]
     fn count_out(&self, dest: u32, bytes: u32) {
         let s = DestStats::mine(dest);
         // SAFETY: see above.
@@ -412,6 +452,15 @@ fn word(s: *mut ServiceState, which: Machine) -> *mut u64 {
 
 /// Generated ICMP errors a second, as the kernel's `icmp_msgs_per_sec`.
 const ICMP_PER_S: u64 = 1000;
+
+#[inline(always)]
+pub fn count_evicted(family: u8) {
+    // SAFETY: a valid value; the words are changed atomically.
+    unsafe {
+        let at = &raw mut (*clock()).evicted[(family == 6) as usize];
+        atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(at, 1);
+    }
+}
 
 /// Only the timer counts these.
 #[inline(always)]

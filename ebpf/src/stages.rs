@@ -4,6 +4,7 @@
 use ::core::arch::asm;
 use ::core::hint::cold_path;
 use rvs_datapath::core;
+use rvs_datapath::elder::NOT_MINE;
 use rvs_datapath::ct::{V4, V6};
 use rvs_datapath::verdict::{Reason, Stage, Verdict, drop};
 
@@ -12,14 +13,17 @@ use crate::maps::Maps;
 
 /// The function of a stage, called: those of one family and hook, by name.
 macro_rules! call {
-    ($stage:ident, $number:ident, $ctx:expr, $whole:expr, [$first:ident $enter:ident $link:ident $lend:ident $make_way:ident $give_up:ident $note:ident],
+    ($stage:ident, $number:ident, $ctx:expr, $whole:expr, $elder:ident, [$first:ident $enter:ident $link:ident $lend:ident $make_way:ident $give_up:ident $note:ident],
      [$retire:ident $forward:ident $linked:ident $anew:ident $tunnel:ident $time_exceeded:ident $port_unreachable:ident
       $too_big:ident $related:ident $error_tunnel:ident $fullnat:ident $introduce:ident $fullnat_reply:ident
       $reply_options:ident $fullnat_send:ident $far:ident $fragment:ident $error_lent:ident $far_reply:ident
-      $challenge:ident $knock:ident $announce:ident $error_outer:ident]) => {
+      $challenge:ident $knock:ident $announce:ident $error_outer:ident $aside:ident]) => {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
-            Stage::First => $crate::stages::$first(),
+            Stage::First => $crate::stages::or_elder($elder($ctx), || $crate::stages::$first()),
+            Stage::Stranger => $crate::stages::or_elder($elder($ctx), || {
+                rvs_datapath::verdict::Verdict::passed($number).word()
+            }),
             Stage::Enter => $crate::stages::$enter($number),
             Stage::Link => $crate::stages::$link($number),
             Stage::Lend => $crate::stages::$lend($number),
@@ -49,6 +53,14 @@ macro_rules! call {
             Stage::Fragment => $fragment($ctx),
             Stage::TimeExceeded => $time_exceeded($ctx),
             Stage::PortUnreachable => $port_unreachable($ctx),
+            Stage::Early => $crate::stages::or_elder($elder($ctx), || {
+                $crate::calls::go_on(rvs_datapath::verdict::Verdict::go($stage, $number));
+                $aside($ctx)
+            }),
+            Stage::Elsewhere | Stage::Large => {
+                $crate::calls::go_on(rvs_datapath::verdict::Verdict::go($stage, $number));
+                $aside($ctx)
+            }
         })
     };
 }
@@ -71,6 +83,27 @@ pub fn on(word: u64, near: impl FnOnce(Stage, u32) -> Option<u64>, gate: impl Fn
     Verdict::from_word(gate())
 }
 
+/// A program behind a gate of the further stages: what few packets need.
+macro_rules! aside {
+    ($gate:ident($context:ty: $kind:ty), $programs:ident, $number:literal, $name:ident, $section:literal, $run:expr) => {
+        $crate::stages::gate!($gate($context: $kind), $programs, $number);
+        #[unsafe(no_mangle)]
+        #[unsafe(link_section = $section)]
+        pub extern "C" fn $name(ctx: *mut $context) -> u64 {
+            let Some((stage, number)) = $crate::calls::gone_on().next() else { return $crate::stages::closed() };
+            let run = $run;
+            // By constants: of each run only that stage is left.
+            match stage {
+                Stage::Early => run(ctx, Stage::Early, number),
+                Stage::Elsewhere => run(ctx, Stage::Elsewhere, number),
+                Stage::Large => run(ctx, Stage::Large, number),
+                _ => $crate::stages::closed(),
+            }
+        }
+    };
+}
+pub(crate) use aside;
+
 /// A gate: behind it are the further stages of a family, a program of their own, which the verifier sees by itself (its limit of steps is one for each
 /// program). It goes there by a tail call, which takes the place of the function that it is in: what the program returns, all 64 bits of R0, is
 /// what this function does.
@@ -87,14 +120,42 @@ macro_rules! gate {
 }
 pub(crate) use gate;
 
+/// A gate to the elder's program for the same hook, if there is one: its answer, or `closed` (see [`rvs_datapath::elder`]).
+macro_rules! elder {
+    ($name:ident($context:ty: $kind:ty), $programs:ident, $number:literal, $closed:expr) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name(ctx: *mut $context) -> u64 {
+            // SAFETY: as for a gate.
+            unsafe { $programs.tail_call(&<$kind>::new(ctx), $number) };
+            $crate::stages::unknown($closed as u32 as u64)
+        }
+    };
+}
+pub(crate) use elder;
+
+/// The elder's answer as a verdict, unless the packet is none of its.
+#[inline(always)]
+pub fn or_elder(answer: u64, own: impl FnOnce() -> u64) -> u64 {
+    if answer as u32 == NOT_MINE {
+        return own();
+    }
+    Verdict::done(answer as u32).word()
+}
+
 /// No program is there yet: it is before any packet comes. (By an instruction of our own: LLVM, which knows nothing of tail calls, must not take it for
 /// what a gate always returns.)
 #[inline(always)]
 pub fn closed() -> u64 {
-    let mut word = drop(Reason::Internal).word();
+    unknown(drop(Reason::Internal).word())
+}
+
+/// This number, of which LLVM is not to know what it is. (It has 31 bits at most.)
+#[inline(always)]
+pub fn unknown(mut number: u64) -> u64 {
     // SAFETY: arithmetic on a register.
-    unsafe { asm!("{0} &= 0xffff", inout(reg) word, options(pure, nomem, nostack)) };
-    word
+    unsafe { asm!("{0} &= 0x7fffffff", inout(reg) number, options(pure, nomem, nostack)) };
+    number
 }
 
 // Only parameters that are used: LLVM drops others, and the verifier then misses them at the call.

@@ -10,13 +10,14 @@ use aya_ebpf::programs::TcContext;
 use rvs_datapath::abi::{Iface, TRACED, hop};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::elder::NOT_MINE;
 use rvs_datapath::packet::{ETHERTYPE, L3, Packet, Window};
 use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
 
 use crate::calls;
 use crate::maps::{self, Maps, NEXT_HOP};
 use crate::skb::Skb;
-use crate::stages::{call, gate, on};
+use crate::stages::{aside, call, elder, gate, on};
 use crate::trace;
 
 const IPV4: u32 = 0x0800u16.to_be() as u32;
@@ -49,8 +50,14 @@ pub fn arrive(skb: *mut __sk_buff) -> i32 {
         Action::Out(ifindex) => out(&mut packet, skb, verdict, ifindex & !hop::VLAN),
         // SAFETY: a field of the context.
         Action::Back => out(&mut packet, skb, verdict, unsafe { (*skb).ifindex }),
-        Action::Up => NEXT,
-        Action::Drop => TC_ACT_SHOT as i32,
+        Action::Up => {
+            if maps::anothers(verdict.word()) != 0 {
+                NOT_MINE as i32
+            } else {
+                NEXT
+            }
+        }
+        Action::Drop => verdict.code().map_or(TC_ACT_SHOT as i32, |code| i32::from(code as i8)),
     }
 }
 
@@ -73,7 +80,9 @@ pub extern "C" fn tc_traced(skb: *mut __sk_buff) -> u64 {
     let ifindex = packet.ifindex();
     trace::keep(trace::From::Skb(skb), ifindex, packet.frame_len());
     let verdict = decide(&mut packet, skb, maps::iface(ifindex));
-    trace::tell(verdict.word());
+    if verdict.code().is_none() {
+        trace::tell(verdict.word());
+    }
     verdict.word()
 }
 
@@ -112,7 +121,10 @@ pub fn leave(skb: *mut __sk_buff) -> i32 {
     }
     let verdict = if protocol == IPV4 { tc_leave4(skb) } else { tc_leave6(skb) };
     if verdict == UNTOUCHED {
-        return NEXT;
+        return match tc_out_elder(skb) as u32 {
+            NOT_MINE => NEXT,
+            code => code as i32,
+        };
     }
     let verdict = Verdict::from_word(verdict);
     maps::count_verdict(verdict);
@@ -140,7 +152,13 @@ fn process(packet: &mut Skb, skb: *mut __sk_buff, iface: &Iface) -> Verdict {
 
 /// Where the programs of further stages are, by their gates' numbers: the loader fills it.
 #[btf_map]
-static TC_GATES: ProgramArray<2> = ProgramArray::new();
+static TC_GATES: ProgramArray<5> = ProgramArray::new();
+elder!(tc_elder(__sk_buff: TcContext), TC_GATES, 4, NOT_MINE);
+
+/// The same for egress, where only an elder may be.
+#[btf_map]
+static TC_OUT_GATES: ProgramArray<1> = ProgramArray::new();
+elder!(tc_out_elder(__sk_buff: TcContext), TC_OUT_GATES, 0, NOT_MINE);
 
 macro_rules! further {
     ($gate:ident, $number:literal, $name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
@@ -148,18 +166,26 @@ macro_rules! further {
         #[unsafe(no_mangle)]
         #[unsafe(link_section = "classifier")]
         pub extern "C" fn $name(skb: *mut __sk_buff) -> u64 {
-            core::further(calls::gone_on(), |stage, number| call!(stage, number, skb, $whole(skb), [$($open)*], [$($stage)*])).word()
+            core::further(calls::gone_on(), |stage, number| call!(stage, number, skb, $whole(skb), tc_elder, [$($open)*], [$($stage)*])).word()
         }
     };
 }
 further!(tc_further4, 0, rvs_tc_further4, tc_whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
     [tc_retire4 tc_forward4 tc_linked4 tc_anew4 tc_tunnel4 tc_time_exceeded4 tc_port_unreachable4 tc_too_big4 tc_related4 tc_error_tunnel4
      tc_fullnat4 tc_introduce4 tc_fullnat_reply4 tc_reply_options4 tc_fullnat_send4 tc_far4 tc_fragment4 tc_error_lent4 tc_far_reply4
-     tc_challenge4 tc_knock4 tc_announce4 tc_error_outer4]);
+     tc_challenge4 tc_knock4 tc_announce4 tc_error_outer4 tc_aside4]);
 further!(tc_further6, 1, rvs_tc_further6, tc_whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
     [tc_retire6 tc_forward6 tc_linked6 tc_anew6 tc_tunnel6 tc_time_exceeded6 tc_port_unreachable6 tc_too_big6 tc_related6 tc_error_tunnel6
      tc_fullnat6 tc_introduce6 tc_fullnat_reply6 tc_reply_options6 tc_fullnat_send6 tc_far6 tc_fragment6 tc_error_lent6 tc_far_reply6
-     tc_challenge6 tc_knock6 tc_announce6 tc_error_outer6]);
+     tc_challenge6 tc_knock6 tc_announce6 tc_error_outer6 tc_aside6]);
+
+macro_rules! run {
+    ($family:ty) => {
+        |skb, stage, number| core::run::<$family, _, _>(&mut Skb::new(skb), &tables(skb), stage, number).word()
+    };
+}
+aside!(tc_aside4(__sk_buff: TcContext), TC_GATES, 2, rvs_tc_aside4, "classifier", run!(V4));
+aside!(tc_aside6(__sk_buff: TcContext), TC_GATES, 3, rvs_tc_aside6, "classifier", run!(V6));
 
 macro_rules! stages {
     ($($four:ident $six:ident($($number:ident)?) $stage:ident;)*) => { $(

@@ -11,6 +11,7 @@ use rvs_datapath::abi::iface::REDIRECT_BACK;
 use rvs_datapath::abi::{Iface, TRACED};
 use rvs_datapath::core;
 use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::elder::NOT_MINE;
 use rvs_datapath::near;
 use rvs_datapath::packet::Packet;
 use rvs_datapath::verdict::{Action, Reason, Stage, Verdict, pass};
@@ -19,7 +20,7 @@ use rvs_datapath::vlan::{self, Tags};
 use crate::calls;
 use crate::ctx::Xdp;
 use crate::maps::{self, Maps};
-use crate::stages::{call, gate, on};
+use crate::stages::{aside, call, elder, gate, on};
 use crate::trace;
 
 /// The whole of an XDP program.
@@ -47,8 +48,14 @@ pub fn run(ctx: &XdpContext) -> u32 {
             unsafe { bpf_redirect(ifindex, 0) as u32 }
         }
         Action::Back => xdp_action::XDP_TX,
-        Action::Up => xdp_action::XDP_PASS,
-        Action::Drop => xdp_action::XDP_DROP,
+        Action::Up => {
+            if maps::anothers(verdict.word()) != 0 {
+                NOT_MINE
+            } else {
+                xdp_action::XDP_PASS
+            }
+        }
+        Action::Drop => verdict.code().map_or(xdp_action::XDP_DROP, u32::from),
     }
 }
 
@@ -77,7 +84,10 @@ pub extern "C" fn traced(ctx: *mut xdp_md) -> u64 {
     let ifindex = packet.ifindex();
     trace::keep(trace::From::Xdp(ctx.ctx), ifindex, packet.frame_len());
     let verdict = decide(&ctx, &mut packet, maps::iface(ifindex), ifindex);
-    trace::tell(verdict.word());
+    // (What the elder has done it has told of.)
+    if verdict.code().is_none() {
+        trace::tell(verdict.word());
+    }
     verdict.word()
 }
 
@@ -140,7 +150,26 @@ near! {
 
 /// Where the programs of further stages are, by their gates' numbers: the loader fills it.
 #[btf_map]
-static XDP_GATES: ProgramArray<2> = ProgramArray::new();
+static XDP_GATES: ProgramArray<5> = ProgramArray::new();
+elder!(xdp_elder(xdp_md: XdpContext), XDP_GATES, 4, NOT_MINE);
+
+/// Ask the elder about a packet. It gets one of a VLAN device as that came, with its tags on.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn elder(ctx: *mut xdp_md) -> u64 {
+    let vlan = calls::vlan();
+    if vlan == 0 {
+        return xdp_elder(ctx);
+    }
+    if Verdict::from_word(retag(ctx, pass(Reason::Icmp).word(), calls::tags())).action() == Action::Drop {
+        return xdp_action::XDP_DROP.into();
+    }
+    let answer = xdp_elder(ctx);
+    if answer as u32 == NOT_MINE && untag(ctx) == 0 {
+        return xdp_action::XDP_DROP.into();
+    }
+    answer
+}
 
 macro_rules! further {
     ($gate:ident, $number:literal, $name:ident, $whole:ident, [$($open:ident)*], [$($stage:ident)*]) => {
@@ -149,16 +178,29 @@ macro_rules! further {
         #[unsafe(link_section = "xdp")]
         pub extern "C" fn $name(ctx: *mut xdp_md) -> u64 {
             let again = || $whole(ctx, arrived_by(&XdpContext::new(ctx)));
-            core::further(calls::gone_on(), |stage, number| call!(stage, number, ctx, again(), [$($open)*], [$($stage)*])).word()
+            core::further(calls::gone_on(), |stage, number| call!(stage, number, ctx, again(), elder, [$($open)*], [$($stage)*])).word()
         }
     };
 }
 further!(further4, 0, rvs_further4, whole4, [first4 enter4 link4 lend4 make_way4 give_up4 note4],
     [retire4 forward4 linked4 anew4 tunnel4 time_exceeded4 port_unreachable4 too_big4 related4 error_tunnel4 fullnat4 introduce4 fullnat_reply4
-     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4 announce4 error_outer4]);
+     reply_options4 fullnat_send4 far4 fragment4 error_lent4 far_reply4 challenge4 knock4 announce4 error_outer4 aside4]);
 further!(further6, 1, rvs_further6, whole6, [first6 enter6 link6 lend6 make_way6 give_up6 note6],
     [retire6 forward6 linked6 anew6 tunnel6 time_exceeded6 port_unreachable6 too_big6 related6 error_tunnel6 fullnat6 introduce6 fullnat_reply6
-     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6 announce6 error_outer6]);
+     reply_options6 fullnat_send6 far6 fragment6 error_lent6 far_reply6 challenge6 knock6 announce6 error_outer6 aside6]);
+
+macro_rules! run {
+    ($family:ty) => {
+        |ctx, stage, number| {
+            let ctx = XdpContext::new(ctx);
+            let mut packet = Xdp::by(&ctx, arrived_by(&ctx));
+            let maps = Maps::of(&ctx, packet.ifindex());
+            core::run::<$family, _, _>(&mut packet, &maps, stage, number).word()
+        }
+    };
+}
+aside!(aside4(xdp_md: XdpContext), XDP_GATES, 2, rvs_aside4, "xdp", run!(V4));
+aside!(aside6(xdp_md: XdpContext), XDP_GATES, 3, rvs_aside6, "xdp", run!(V6));
 
 /// The interface that a frame counts as come in by.
 #[inline(always)]
@@ -197,6 +239,7 @@ pub extern "C" fn untag(ctx: *mut xdp_md) -> u64 {
     let mut packet = Xdp::new(&ctx);
     let Some(tags) = vlan::untag(&mut packet, &Maps::of(&ctx, 0)) else { return 0 };
     calls::set_vlan(packet.ifindex());
+    calls::set_tags(tags.word());
     tags.word()
 }
 

@@ -148,6 +148,7 @@ fn verdict(row: &TracedRow) -> String {
         Outcome::Forwarded => "forwarded",
         Outcome::Answered => "answered",
         Outcome::Passed => "passed",
+        Outcome::Held => "held",
         Outcome::Dropped => "dropped",
     };
     let dest = row.dest.map_or_else(String::new, |dest| format!(", real server {}", at(dest.addr, dest.port)));

@@ -102,6 +102,7 @@ fn text(row: &WhyRow) -> String {
         Outcome::Forwarded => "forwarded",
         Outcome::Answered => "answered",
         Outcome::Passed => "passed up",
+        Outcome::Held => "held",
         Outcome::Dropped => "dropped",
     };
     line(&mut text, outcome, &format!("{}: {}", row.reason, row.text));

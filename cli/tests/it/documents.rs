@@ -30,6 +30,7 @@ fn every_reason_is_explained_where_it_belongs() {
         Kind::Forward => "Forwarded",
         Kind::Answer => "Answered by the director",
         Kind::Pass => "Passed to the kernel",
+        Kind::Held => "Held by rvsd",
         Kind::Drop => "Dropped",
     };
     let there_are: BTreeSet<(&str, &str)> = Reason::ALL.iter().map(|r| (section(r), r.name())).collect();

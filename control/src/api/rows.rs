@@ -187,6 +187,52 @@ pub struct LocalAddressRow {
     pub addr: IpAddr,
 }
 
+/// The connection tables.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TablesReport {
+    pub tables: Vec<TableRow>,
+    /// Connections are being moved to tables of another size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moving: Option<TablesMove>,
+}
+
+/// That of a family.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableRow {
+    /// 4 or 6.
+    pub family: u8,
+    /// Places for entries. A connection by NAT has two, by direct routing or a tunnel one.
+    pub places: u32,
+    /// Connections that fill half of them with an entry each, as `rvs conntable resize` has it.
+    pub flows_at_half_load: u32,
+    pub entries: u32,
+    pub flows: u32,
+    /// Bytes.
+    pub memory: u64,
+    /// Connections that went for others, since there was no room.
+    pub evicted: u64,
+    pub states: Vec<StateRow>,
+    /// By what would happen to them if there were no room: who goes first comes first.
+    pub classes: Vec<StateRow>,
+}
+
+/// Connections of a kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateRow {
+    pub name: String,
+    pub flows: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TablesMove {
+    /// Connections moved, by the rvsd that runs now.
+    pub moved: u64,
+    /// ... that are in the old tables.
+    pub left: u64,
+    /// ... that could not be moved when last tried: they stay there until they end.
+    pub stuck: u64,
+}
+
 /// What answers, and how it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {

@@ -66,6 +66,8 @@ pub enum Outcome {
     Forwarded,
     Answered,
     Passed,
+    /// With rvsd: it comes again.
+    Held,
     Dropped,
 }
 

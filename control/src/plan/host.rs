@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use rvs_datapath::abi::{self, dest as flag, service as service_flag};
+use rvs_datapath::abi::{self, dest as flag, service as service_flag, watched};
 
 use super::{MapOp, Mirror, Planner, Step, Way, bytes};
 use crate::model::{Model, ServiceKey};
@@ -80,6 +80,37 @@ impl Planner {
             self.rest.hop_indexes.retire(index, now_ms);
         }
         step
+    }
+
+    /// The addresses whose fragments may be ours, as things are: virtual ones, local ones (FULLNAT), and those of real servers whose replies come by
+    /// here with their own. Beyond [`abi::WATCHED_MAX`] of them some are left out: a fragment that comes too early is the kernel's there.
+    pub fn watch(&mut self, model: &Model) -> Step {
+        let mut wanted = BTreeMap::new();
+        let mut add = |address: IpAddr, bit: u64| {
+            let family = if address.is_ipv6() { 6 } else { 4 };
+            let key = abi::ServiceKey { address: bytes(address), port: 0, protocol: 0, family };
+            if wanted.len() < abi::WATCHED_MAX as usize || wanted.contains_key(&key) {
+                *wanted.entry(key).or_default() |= bit;
+            }
+        };
+        for (key, service) in model.services() {
+            if let ServiceKey::Virtual { addr, .. } = key {
+                add(*addr, watched::DESTINATION);
+            }
+            service.local_addresses.iter().for_each(|a| add(*a, watched::DESTINATION));
+        }
+        for mirror in self.dests.values() {
+            if mirror.record.out as u32 & flag::METHOD == flag::MASQ || mirror.record.lends_own() {
+                add(mirror.address, watched::SOURCE);
+            }
+        }
+        let op = |key: &abi::ServiceKey, bits| MapOp::Watch { key: *key, bits };
+        let gone = self.watched.keys().filter(|key| !wanted.contains_key(key)).map(|key| op(key, 0));
+        let new =
+            wanted.iter().filter(|(key, bits)| self.watched.get(key) != Some(bits)).map(|(key, bits)| op(key, *bits));
+        let ops = gone.chain(new).collect();
+        let before = std::mem::replace(&mut self.watched, wanted);
+        Step { ops, watched: Some(before), ..Step::default() }
     }
 
     /// Is a real server that is this host served by NAT?

@@ -14,6 +14,11 @@ pub enum MapOp {
         key: abi::ServiceKey,
         value: Option<u64>,
     },
+    /// May fragments to this address, or from it, be ours? Bits `abi::watched`; 0: no.
+    Watch {
+        key: abi::ServiceKey,
+        bits: u64,
+    },
     /// A service's record. `fresh`: its counters begin at zero.
     Service {
         index: u32,

@@ -23,6 +23,7 @@ pub struct Dump {
     /// tcp, tcpfin, udp.
     pub timeouts_s: [u32; 3],
     pub settings: [u32; abi::SETTINGS_MAX],
+    pub watched: Vec<(abi::ServiceKey, u64)>,
 }
 
 /// A service that a key leads to.
@@ -81,6 +82,7 @@ impl Planner {
             let set = Command::Set(setting.name.to_owned(), *value);
             model.apply(&set, &Accepted).map_err(RestoreError::Settings)?;
         }
+        planner.watched = dump.watched.iter().copied().collect();
         for (index, hop) in &dump.hops {
             if planner.rest.hop_indexes.claim(*index) {
                 // Two of one content: the second is not used by anything new.

@@ -42,6 +42,7 @@ struct Maps {
     quiesced: BTreeSet<u32>,
     timeouts: [u32; 3],
     settings: [u32; abi::SETTINGS_MAX],
+    watched: BTreeMap<abi::ServiceKey, u64>,
 }
 
 impl Maps {
@@ -79,6 +80,8 @@ impl Maps {
                     let record = self.services.get_mut(service).unwrap();
                     record.locals = u64::from(*first) | (addresses.len() as u64) << 32;
                 }
+                MapOp::Watch { key, bits: 0 } => assert!(self.watched.remove(key).is_some(), "not watched before"),
+                MapOp::Watch { key, bits } => drop(self.watched.insert(*key, *bits)),
                 MapOp::Dest { index, value } => drop(self.dests.insert(*index, *value)),
                 MapOp::DestInfo { index, value } => drop(self.info.insert(*index, *value)),
                 MapOp::Tunnel { index, value } => drop(self.tunnels.insert(*index, *value)),
@@ -117,6 +120,7 @@ impl Maps {
             hops: self.hops.iter().map(|(i, h)| (*i, *h)).collect(),
             timeouts_s: self.timeouts,
             settings: self.settings,
+            watched: self.watched.iter().map(|(k, v)| (*k, *v)).collect(),
         }
     }
 }
@@ -156,6 +160,37 @@ impl World {
                 false
             }
         }
+    }
+
+    /// Look whose fragments may be ours. `fail`: the maps refuse it.
+    fn watch(&mut self, fail: bool) {
+        let step = self.planner.watch(&self.model);
+        if fail {
+            self.planner.undo(step);
+        } else {
+            self.maps.apply(&step.ops);
+            assert!(self.planner.watch(&self.model).ops.is_empty());
+            self.check_watched();
+        }
+    }
+
+    fn check_watched(&self) {
+        let bits = |address: IpAddr| {
+            let key = abi::ServiceKey { address: bytes(address), port: 0, protocol: 0, family: 4 };
+            self.maps.watched.get(&key).copied().unwrap_or(0)
+        };
+        for (key, service) in self.model.services() {
+            let ServiceKey::Virtual { addr, .. } = key else { continue };
+            for address in service.local_addresses.iter().chain([addr]) {
+                assert_ne!(bits(*address) & abi::watched::DESTINATION, 0, "{address}");
+            }
+            for dest in service.dests().filter(|d| d.method == FwdMethod::Masq) {
+                assert_ne!(bits(dest.key.addr) & abi::watched::SOURCE, 0, "{}", dest.key.addr);
+            }
+        }
+        let most =
+            self.model.services().map(|(_, s)| 1 + s.local_addresses.len()).sum::<usize>() + self.planner.dests.len();
+        assert!(self.maps.watched.len() <= most, "{:?}", self.maps.watched);
     }
 
     /// The maps say what the model says, and nothing is used twice.
@@ -275,6 +310,7 @@ enum Op {
     /// Of the indexes that are out of use these are idle (by their number in the list).
     Idle(BTreeSet<usize>),
     Ways(BTreeMap<u8, Option<u32>>),
+    Watch(bool),
     Restart,
 }
 
@@ -283,6 +319,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         12 => (any_command(), prop::bool::weighted(0.1)).prop_map(|(c, f)| Op::Command(c, f)),
         2 => prop::collection::btree_set(0usize..8, 0..4).prop_map(Op::Idle),
         2 => prop::collection::btree_map(1u8..8, prop::option::of(2u32..5), 0..6).prop_map(Op::Ways),
+        2 => prop::bool::weighted(0.2).prop_map(Op::Watch),
         1 => Just(Op::Restart),
     ]
 }
@@ -327,6 +364,7 @@ proptest! {
                         }
                     }
                 }
+                Op::Watch(fail) => w.watch(fail),
                 Op::Restart => {
                     let (model, planner) = Planner::restore(&w.maps.dump(), &CAPACITY).unwrap();
                     prop_assert_eq!(save(&model), save(&w.model));

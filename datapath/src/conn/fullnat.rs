@@ -196,6 +196,61 @@ pub fn lend<F: Addressing, C: Conns<F> + ?Sized>(
     row.store(WHO, fingerprint(key) | u64::from(port) << PORT_SHIFT | flags);
 }
 
+/// A row in words that no layout has: how it goes with its flow from one table to another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lent<A> {
+    pub address: A,
+    pub port: u16,
+    pub told: bool,
+    pub proxied: bool,
+    pub sent: bool,
+    pub lacks: bool,
+    pub has: u8,
+    pub scale: u8,
+    pub delta: u32,
+    pub first: u32,
+    pub server: u32,
+    pub cookie: u32,
+}
+
+impl<A: Copy> Side<A> {
+    pub fn lent(&self) -> Lent<A> {
+        Lent {
+            address: self.address,
+            port: (self.who >> PORT_SHIFT) as u16,
+            told: self.who & TOLD != 0,
+            proxied: self.who & PROXIED != 0,
+            sent: self.who & SENT != 0,
+            lacks: self.who & LACKS != 0,
+            has: (self.who >> HAS_SHIFT & 0x3f) as u8,
+            scale: (self.who >> SCALE_SHIFT & 0xf) as u8,
+            delta: self.delta,
+            first: self.first,
+            server: self.server,
+            cookie: self.cookie,
+        }
+    }
+}
+
+/// As [`lend`], of a flow that has had all this before.
+#[inline(always)]
+pub fn restore<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, place: Place, lent: &Lent<F::Addr>) {
+    let Some(row) = c.side(slot_of(place)) else { return };
+    row.store(WHO, 0);
+    row.store(CLIENT, u64::from(lent.delta) << 32 | u64::from(lent.first));
+    row.store(SERVER, u64::from(lent.cookie) << 32 | u64::from(lent.server));
+    let words = F::to_words(lent.address);
+    let mut i = 0;
+    while i < words.as_ref().len() {
+        row.store(ADDRESS + i, words.as_ref()[i]);
+        i += 1;
+    }
+    let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+    let flags = flag(lent.told, TOLD) | flag(lent.proxied, PROXIED) | flag(lent.sent, SENT) | flag(lent.lacks, LACKS);
+    let numbers = u64::from(lent.has & 0x3f) << HAS_SHIFT | u64::from(lent.scale & 0xf) << SCALE_SHIFT;
+    row.store(WHO, fingerprint(key) | u64::from(lent.port) << PORT_SHIFT | flags | numbers);
+}
+
 /// The client's SYN went by: its first sequence number + 1, and what is added to all of its sequence numbers from now on. A PROXY header is
 /// to be sent from the beginning.
 #[inline(always)]

@@ -11,7 +11,7 @@ use crate::packet::{Flow, Ip, L3, Packet};
 use crate::related::{self, Related};
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
-use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
+use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass, stranger};
 use crate::xmit::{self, End};
 
 /// An ICMP packet, with `by` bytes of extra headers: an error about a flow goes to its other end; all else is the kernel's business.
@@ -57,7 +57,7 @@ fn perhaps_about_tunnel<I: Ip, P: Packet>(p: &mut P, by: usize) -> Verdict {
     if I::FAMILY == 4 && by == 0 && related::may_be_outer(p) {
         return Verdict::go(Stage::ErrorOuter, 0);
     }
-    pass(Reason::Icmp)
+    stranger(Reason::Icmp)
 }
 
 /// About the outer packet of a tunnel: the client is told the same about what is in it, from the virtual address (`ip_vs_in_icmp`).
@@ -65,7 +65,7 @@ fn perhaps_about_tunnel<I: Ip, P: Packet>(p: &mut P, by: usize) -> Verdict {
 fn about_tunnel<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
     let Some(outer) = related::outer(p) else { return pass(Reason::Icmp) };
     let c = <V4 as Of<T>>::conns(t);
-    let Found::Live(hit) = ct::lookup::<V4, _>(c.table(), &outer.key) else { return pass(Reason::Icmp) };
+    let Found::Live(hit) = ct::lookup::<V4, _>(c.table(), &outer.key) else { return stranger(Reason::Icmp) };
     if hit.control & ct::REVERSE != 0 || conn::expired(c.policy(), hit.control, c.now_s()) {
         return pass(Reason::Icmp);
     }

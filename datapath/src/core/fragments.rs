@@ -1,13 +1,13 @@
 //! The way of fragments: see [`crate::frag`].
 
 use super::{forward, is_nat, server, starts_anew};
-use crate::abi::{Dest, Hop, dest};
+use crate::abi::{Dest, HANDED_MAX, Hop, dest, watched};
 use crate::conn::{self, Conns, HitOf};
 use crate::ct::{self, Found};
-use crate::frag::{self, Note};
-use crate::packet::{Flow, Ip, Packet};
+use crate::frag::{self, Kind, Note};
+use crate::packet::{Flow, Ip, L3, Packet};
 use crate::tables::{Of, Route, Tables};
-use crate::verdict::{Reason, Stage, Verdict, drop, pass};
+use crate::verdict::{Reason, Stage, Verdict, drop, pass, stranger};
 use crate::xmit;
 
 /// Of which datagram this fragment is.
@@ -65,7 +65,7 @@ fn lent<'a, I: Of<T>, T: Tables>(
 #[inline(always)]
 pub(super) fn reply_note<I: Ip>(dest: u32, from: I::Addr, to: Option<I::Addr>) -> Note {
     let (source, destination) = (I::pair(Some(from)), I::pair(to));
-    Note { source, destination, dest, end: 0, reply: true }
+    Note { source, destination, dest, end: 0, kind: Kind::Reply }
 }
 
 /// Leave the note of a client's datagram; `source`: the local address, by FULLNAT.
@@ -75,15 +75,16 @@ fn note_request<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32, source: O
         Some(d) if d.lends() || is_nat(d) => server(flow, d).1,
         _ => flow.key.dport(),
     };
-    note(t, flow, Note { source: I::pair(source), destination: [0; 2], dest, end: 0, reply: false }, port)
+    note(t, flow, Note { source: I::pair(source), destination: [0; 2], dest, end: 0, kind: Kind::Request }, port)
 }
 
 /// A first fragment leaves word for those after it. `port`: the one that it leaves with, in the place of the virtual server's. `Some`: why the
 /// datagram goes nowhere.
 #[inline(always)]
 pub(super) fn note<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, note: Note, port: u16) -> Option<Reason> {
-    let own = if note.reply { flow.key.sport() } else { flow.key.dport() };
-    let lent = if note.reply { note.destination } else { note.source };
+    let reply = note.kind == Kind::Reply;
+    let own = if reply { flow.key.sport() } else { flow.key.dport() };
+    let lent = if reply { note.destination } else { note.source };
     if flow.sctp && (port != own || lent != [0; 2]) {
         // How long the whole is, which its checksum is about, is not known yet.
         return Some(Reason::FragmentSctp);
@@ -97,13 +98,60 @@ pub(super) fn note<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, note: Note, port:
 #[inline(always)]
 pub(super) fn later<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
     match t.find_note(&datagram(flow)) {
-        frag::Found::None => pass(Reason::Fragment),
+        frag::Found::None if t.takes() => {
+            t.keep(flow);
+            Verdict::go(Stage::Early, 0)
+        }
+        frag::Found::None => stranger(Reason::Fragment),
+        frag::Found::Elsewhere => pass(Reason::Fragment),
         frag::Found::Conflict => drop(Reason::FragmentConflict),
         frag::Found::Note(note) if flow.part.at() < note.end => drop(Reason::FragmentOverlap),
-        frag::Found::Note(note) if note.reply => later_reply(p, t, flow, &note),
+        frag::Found::Note(note) if note.kind == Kind::Reply => later_reply(p, t, flow, &note),
         frag::Found::Note(note) if note.source != [0; 2] => later_lent(p, t, flow, &note),
         frag::Found::Note(note) => forward(p, t, flow, note.dest),
     }
+}
+
+/// ... before that: the daemon holds it if it may be for us, and sends it through the programs once more when there is a note. All else is the
+/// kernel's.
+#[inline(always)]
+pub(super) fn early<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    if !may_be_ours(t, flow) {
+        return pass(Reason::Fragment);
+    }
+    let fits = flow.len + L3 as u32 <= HANDED_MAX;
+    drop(if fits && t.hand(Some(&datagram(flow)), 0) { Reason::FragmentHeld } else { Reason::FragmentFlood })
+}
+
+/// What may be the first packet of a connection, with its verdict. If it is a first fragment that is none of ours, those after it may have come before it,
+/// and wait: it goes on in a stage that tells them.
+#[inline(always)]
+pub(super) fn after_first<I: Ip, T: Tables>(t: &T, flow: &Flow<I>, verdict: Verdict) -> Verdict {
+    let tells = flow.part.is_first() && verdict.is_up() && t.takes();
+    if tells { Verdict::go(Stage::Elsewhere, verdict.word() as u32) } else { verdict }
+}
+
+/// A first fragment that is none of ours, as the verdict says whose low half this is: those that are held for it are, too.
+#[inline(always)]
+pub(super) fn elsewhere<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, verdict: u32) -> Verdict {
+    if may_be_ours(t, flow) {
+        t.leave_note(&datagram(flow), &Note::ELSEWHERE);
+    }
+    Verdict::from_word(u64::from(verdict))
+}
+
+/// As far as a fragment without ports says.
+#[inline(always)]
+fn may_be_ours<I: Ip, T: Tables>(t: &T, flow: &Flow<I>) -> bool {
+    t.watched::<I>(flow.destination()) & watched::DESTINATION != 0
+        || t.watched::<I>(flow.source()) & watched::SOURCE != 0
+}
+
+/// Too large for a tunnel, and allowed to be cut. That is done before it goes in, as by a router whose way on is the tunnel: each part is a packet of
+/// its own then, and the real server need not put outer packets together.
+#[inline(always)]
+pub(super) fn large<T: Tables>(t: &T, room: u32) -> Verdict {
+    drop(if t.hand(None, room) { Reason::Cut } else { Reason::TooBig })
 }
 
 /// ... of a client's datagram by FULLNAT.

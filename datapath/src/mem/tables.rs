@@ -89,6 +89,10 @@ pub struct MemTables {
     /// Of the packet that was kept last.
     cookie: AtomicU32,
     fragments: Vec<[AtomicU64; abi::fragment::WORDS]>,
+    /// By family and address as it lies in the packet: bits `abi::watched`.
+    pub watched: BTreeMap<(u8, [u8; 16]), u64>,
+    /// Is there somebody who takes what is handed over?
+    pub takes: bool,
     verdicts: [AtomicU64; COUNTERS],
     /// ICMP errors that may still be sent in this second.
     icmp_left: AtomicU64,
@@ -140,6 +144,8 @@ impl MemTables {
             rates: filled(abi::RATES_MAX),
             cookie: AtomicU32::new(0),
             fragments: filled(abi::FRAGMENTS_MAX),
+            watched: BTreeMap::new(),
+            takes: false,
             verdicts: std::array::from_fn(|_| AtomicU64::new(0)),
             icmp_left: AtomicU64::new(ICMP_PER_S),
         }
@@ -323,6 +329,16 @@ impl Tables for MemTables {
         let word = &self.fragments[place as usize][abi::fragment::CONTROL as usize];
         word.compare_exchange(old, new, SeqCst, SeqCst).is_ok()
     }
+    fn watched<I: Ip>(&self, address: I::Addr) -> u64 {
+        self.watched.get(&(I::FAMILY, I::bytes(address))).copied().unwrap_or_default()
+    }
+    fn takes(&self) -> bool {
+        self.takes
+    }
+    /// The verdict says it: whoever runs this has the packet.
+    fn hand(&self, _early: Option<&crate::frag::Key>, _room: u32) -> bool {
+        self.takes
+    }
     fn keep<I: Ip>(&self, flow: &Flow<I>) {
         self.cookie.store(flow.cookie, SeqCst);
     }
@@ -374,6 +390,10 @@ impl Tables for MemTables {
     fn count_in(&self, dest: u32, bytes: u32) {
         self.stats[dest as usize].add(1, 1);
         self.stats[dest as usize].add(3, u64::from(bytes));
+    }
+    fn uncount_in(&self, dest: u32, bytes: u32) {
+        self.stats[dest as usize].add(1, u64::MAX);
+        self.stats[dest as usize].add(3, u64::from(bytes).wrapping_neg());
     }
     fn count_out(&self, dest: u32, bytes: u32) {
         self.stats[dest as usize].add(2, 1);

@@ -13,11 +13,13 @@ mod operations;
 mod paths;
 mod plain;
 mod proxied;
+mod resized;
 mod restart;
 mod scale;
 mod sctp;
 mod seen;
 mod support;
+mod talk;
 mod traffic;
 mod transfers;
 mod tutorials;
@@ -33,6 +35,7 @@ fn main() {
         plain::tests(),
         tutorials::tests(),
         layouts::tests(),
+        resized::tests(),
         restart::tests(),
         transfers::tests(),
         paths::tests(),

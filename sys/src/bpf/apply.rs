@@ -12,6 +12,7 @@ use super::{BpfError, Maps, Result};
 /// How to take back one write.
 enum Undo {
     Key(abi::ServiceKey, Option<u64>),
+    Watch(abi::ServiceKey, u64),
     Service(u32, abi::Service),
     State(u32, ServiceState),
     Dest(u32, abi::Dest),
@@ -60,6 +61,11 @@ impl Maps {
                     None => {}
                 }
                 undo.push(Undo::Key(*key, before));
+            }
+            MapOp::Watch { key, bits } => {
+                let before = self.watched.get(*key)?.unwrap_or(0);
+                self.watch(*key, *bits)?;
+                undo.push(Undo::Watch(*key, before));
             }
             MapOp::Service { index, value, fresh } => {
                 let before = self.services.get(*index)?;
@@ -127,6 +133,14 @@ impl Maps {
             }
         }
         Ok(())
+    }
+
+    fn watch(&mut self, key: abi::ServiceKey, bits: u64) -> Result<()> {
+        match bits {
+            0 if self.watched.get(key)?.is_some() => self.watched.remove(key),
+            0 => Ok(()),
+            bits => self.watched.insert(key, bits),
+        }
     }
 
     /// A timeout above half an hour changes the unit of ages, which takes a sweep; another such change has to wait for that.
@@ -204,6 +218,7 @@ impl Maps {
         match undo {
             Undo::Key(key, Some(value)) => self.keys.insert(key, value),
             Undo::Key(key, None) => self.keys.remove(key),
+            Undo::Watch(key, bits) => self.watch(key, bits),
             Undo::Service(index, value) => self.services.set(index, value),
             Undo::State(index, value) => self.service_state.set(index, value),
             Undo::Dest(index, value) => self.dests.set(index, value),
@@ -267,6 +282,7 @@ impl Maps {
         for index in hops {
             dump.hops.push((index, self.hops.get(index)?));
         }
+        dump.watched = self.watched.iter().collect::<Result<_>>()?;
         let config = self.config.get(0)?;
         dump.timeouts_s = [config.timeouts_s[0], config.timeouts_s[1], config.timeouts_s[2]];
         dump.settings = config.settings;

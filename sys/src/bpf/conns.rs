@@ -1,10 +1,12 @@
 //! The connection tables as the daemon sees them: the same memory and the same code as the programs', read without a system call.
 
-use rvs_datapath::abi::{Clock, Config};
+use rvs_datapath::abi::{Clock, Config, Dest, SIDE4_WORDS, SIDE6_WORDS};
 use rvs_datapath::conn::{self, Addressing, Conns, Policy};
 use rvs_datapath::ct::{self, Bucket, Buckets, Family, Found, Key, Rank, Seed};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::Table;
 use super::raw::Mapping;
 
 /// One family's table.
@@ -13,7 +15,14 @@ pub struct ConnTable<F: Family> {
     mask: u32,
     config: Config,
     now_s: u32,
+    beside: Option<Beside>,
     family: std::marker::PhantomData<F>,
+}
+
+/// What there is to know of flows beside their entries: FULLNAT's rows, and the dests.
+pub(super) struct Beside {
+    pub sides: Mapping,
+    pub dests: Table<Dest>,
 }
 
 /// One bucket.
@@ -49,6 +58,15 @@ pub struct Flow {
     pub synced: bool,
 }
 
+/// What is in a table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    pub entries: u32,
+    pub flows: u32,
+    pub states: BTreeMap<(u64, u64), u32>,
+    pub classes: [u32; 8],
+}
+
 /// Whose a packet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Belongs {
@@ -57,9 +75,40 @@ pub struct Belongs {
     pub reply: bool,
 }
 
+impl<F: Family> ConnTable<F> {
+    const SIDE_WORDS: usize = if F::KEYS == 1 { SIDE4_WORDS } else { SIDE6_WORDS };
+}
+
 impl<F: Addressing + rvs_datapath::packet::Ip> ConnTable<F> {
     pub(super) fn new(mapping: Mapping, mask: u32, config: Config) -> Self {
-        ConnTable { mapping, mask, config, now_s: 0, family: std::marker::PhantomData }
+        ConnTable { mapping, mask, config, now_s: 0, beside: None, family: std::marker::PhantomData }
+    }
+    pub(super) fn beside(self, beside: Beside) -> Self {
+        ConnTable { beside: Some(beside), ..self }
+    }
+    /// Live entries that are flows (and not for their replies), and all entries.
+    pub fn counted(&self) -> [u32; 2] {
+        let mut counts = [0; 2];
+        for entry in (0..self.buckets()).flat_map(|n| ct::entries::<F, _>(self, n)) {
+            counts[0] += u32::from(ct::is_live(entry.control) && entry.control & ct::REVERSE == 0);
+            counts[1] += 1;
+        }
+        counts
+    }
+    /// Flows by protocol (as in [`Flow`]) and state, and by class ([`conn::class`]).
+    pub fn census(&self) -> Census {
+        let mut census = Census::default();
+        for entry in (0..self.buckets()).flat_map(|n| ct::entries::<F, _>(self, n)) {
+            census.entries += 1;
+            if ct::is_live(entry.control) && entry.control & ct::REVERSE == 0 {
+                census.flows += 1;
+                let state = (ct::proto(entry.control), ct::state(entry.control));
+                *census.states.entry(state).or_default() += 1;
+                let class = conn::class(&self.config.policy, entry.control, self.now_s);
+                census.classes[class as usize & 7] += 1;
+            }
+        }
+        census
     }
     pub fn buckets(&self) -> u32 {
         self.mask + 1
@@ -110,6 +159,13 @@ impl<F: Addressing + rvs_datapath::packet::Ip> ConnTable<F> {
             Found::None => None,
         }
     }
+    /// Is this flow, of another table, in this one?
+    fn has(&self, f: &Flow) -> bool {
+        let address = |bytes: &[u8; 16]| F::from_address(&(*bytes).into());
+        let words = F::words(address(&f.client), address(&f.virtual_address));
+        let key = Key::new(words, f.client_port, f.virtual_port, f.proto);
+        matches!(ct::lookup::<F, _>(self, &key), Found::Live(_))
+    }
     /// The words themselves, for checks and measurements.
     pub fn words(&self) -> &[AtomicU64] {
         self.mapping.words()
@@ -148,5 +204,21 @@ impl<F: Addressing> Conns<F> for ConnTable<F> {
     fn account(&self, _: u32, _: i64, _: i64) {}
     fn dest_address(&self, _: u32) -> Option<(F::Addr, u16)> {
         None
+    }
+    fn fullnat(&self, dest: u32) -> bool {
+        self.beside.as_ref().is_some_and(|b| b.dests.get(dest).is_ok_and(|d| d.lends()))
+    }
+    fn side(&self, slot: ct::Slot) -> Option<Line<'_>> {
+        let words = self.beside.as_ref()?.sides.words();
+        // As long as no flow needs it there is one row, of nobody.
+        let at = slot as usize * Self::SIDE_WORDS;
+        words.get(at..at + Self::SIDE_WORDS).map(Line)
+    }
+}
+
+impl super::Maps {
+    /// Is this flow, of other tables, in these?
+    pub fn knows(&self, flow: &Flow) -> bool {
+        if flow.family == 4 { self.conns4.has(flow) } else { self.conns6.has(flow) }
     }
 }

@@ -4,29 +4,31 @@
 //! The kernel empties such an array when nobody in user space has it any more. So that of a program on an interface is pinned:
 //! `gates/<number of the program>`.
 
-use super::{BpfError, Result, attach, failed, raw};
+use super::{BpfError, Result, attach, elder::Elder, failed, generation, raw};
 use aya::Ebpf;
-use aya::maps::{Map, ProgramArray};
+use aya::maps::{Map, MapData, ProgramArray};
 use aya::programs::{Program, ProgramFd};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-/// A map of programs, and which.
+/// A map of programs, and which. The one after them is the elder's.
 type Gates = (&'static str, &'static [&'static str]);
 
 /// All of them.
 pub const GATES: [Gates; 2] = [XDP, TC];
 
-const XDP: Gates = ("XDP_GATES", &["rvs_further4", "rvs_further6"]);
-const TC: Gates = ("TC_GATES", &["rvs_tc_further4", "rvs_tc_further6"]);
+const XDP: Gates = ("XDP_GATES", &["rvs_further4", "rvs_further6", "rvs_aside4", "rvs_aside6"]);
+const TC: Gates = ("TC_GATES", &["rvs_tc_further4", "rvs_tc_further6", "rvs_tc_aside4", "rvs_tc_aside6"]);
+const TC_OUT: Gates = ("TC_OUT_GATES", &[]);
 
 /// The gates of a program.
 fn gates(program: &str) -> Option<Gates> {
     match program {
         "rvs_xdp" | "bench_run4" | "bench_run6" | "bench_fill4" | "bench_fill6" => Some(XDP),
         "rvs_tc_in" => Some(TC),
+        "rvs_tc_out" => Some(TC_OUT),
         _ => None,
     }
 }
@@ -35,19 +37,23 @@ fn gates(program: &str) -> Option<Gates> {
 ///
 /// # Errors
 /// There is none of that name; the kernel refuses it, or what is behind its gates.
-pub(super) fn load(ebpf: &mut Ebpf, name: &str, dir: Option<&Path>) -> Result<ProgramFd> {
+pub(super) fn load(ebpf: &mut Ebpf, name: &str, dir: Option<&Path>, elder: Option<&Elder>) -> Result<ProgramFd> {
     let at = || format!("program {name}");
     let program = ebpf.program(name).ok_or_else(|| BpfError::Refused(format!("the object has no program {name}")))?;
     if let Ok(fd) = program.fd() {
         return fd.try_clone().map_err(failed(at()));
     }
-    let (map, behind) = gates(name).unwrap_or(("", &[]));
+    let gates = gates(name);
+    let behind = gates.map_or(&[][..], |(_, programs)| programs);
     load_all(ebpf, |other| other == name || behind.contains(&other))?;
-    if !behind.is_empty() {
+    if let Some((map, behind)) = gates {
         open(ebpf, map, behind)?;
+        if let Some(program) = elder.and_then(|elder| elder.program(name)) {
+            array(ebpf, map)?.set(behind.len() as u32, program, 0).map_err(failed(format!("map {map}")))?;
+        }
     }
     let program = ebpf.program(name).ok_or_else(|| BpfError::Refused(format!("{} is gone", at())))?;
-    if let (false, Some(dir)) = (behind.is_empty(), dir) {
+    if let (Some((map, _)), Some(dir)) = (gates, dir) {
         let id = program.info().map_err(failed(at()))?.id();
         pin(ebpf, map, &dir.join("gates").join(id.to_string()))?;
     }
@@ -77,9 +83,26 @@ fn open(ebpf: &mut Ebpf, map: &str, programs: &[&str]) -> Result<()> {
             ebpf.program(name).ok_or_else(|| BpfError::Refused(format!("the object has no program {name}")))?;
         fds.push(program.fd().and_then(|fd| Ok(fd.try_clone()?)).map_err(failed(format!("program {name}")))?);
     }
-    let array = ebpf.map_mut(map).ok_or_else(|| BpfError::Refused(format!("the object has no map {map}")))?;
-    let mut array = ProgramArray::try_from(array).map_err(failed(at()))?;
+    let mut array = array(ebpf, map)?;
     (0..).zip(&fds).try_for_each(|(number, fd)| array.set(number, fd, 0)).map_err(failed(at()))
+}
+
+fn array<'a>(ebpf: &'a mut Ebpf, map: &str) -> Result<ProgramArray<&'a mut MapData>> {
+    let array = ebpf.map_mut(map).ok_or_else(|| BpfError::Refused(format!("the object has no map {map}")))?;
+    ProgramArray::try_from(array).map_err(failed(format!("map {map}")))
+}
+
+/// The elder is asked no more.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn part(ebpf: &mut Ebpf) -> Result<()> {
+    for (map, behind) in [XDP, TC, TC_OUT] {
+        let mut array = array(ebpf, map)?;
+        // (There may be none for that hook.)
+        let _ = array.clear_index(&(behind.len() as u32));
+    }
+    Ok(())
 }
 
 fn pin(ebpf: &Ebpf, map: &str, path: &Path) -> Result<()> {
@@ -104,6 +127,7 @@ pub(super) fn close(ebpf: &Ebpf, dir: &Path) -> Result<bool> {
     };
     let mut used: BTreeSet<u32> = attach::list(dir)?.iter().map(|a| a.program).collect();
     used.extend(ebpf.programs().filter_map(|(_, p)| Some(p.info().ok()?.id())));
+    used.extend(generation::elders(dir)?);
     let mut closed = false;
     for entry in entries {
         let entry = entry.map_err(failed(at()))?;

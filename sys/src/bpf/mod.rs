@@ -4,29 +4,36 @@ mod apply;
 pub mod attach;
 mod conns;
 mod decap;
+mod elder;
 mod flat;
 mod gates;
+mod generation;
+pub mod parts;
 mod peers;
 pub mod programs;
 mod raw;
 mod rehearsal;
 mod ring;
+mod shapes;
 pub mod verify;
 
 pub use apply::combine;
-pub use conns::{Belongs, ConnTable, Flow};
+pub use conns::{Belongs, Census, ConnTable, Flow};
+pub use elder::{Batch, Progress, grace};
 pub use gates::GATES;
 pub use rehearsal::{Outcome, Rehearsal, Stage};
 pub use ring::Ring;
+pub use shapes::{Shape, shapes};
 
 use aya::maps::{HashMap, MapData};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
-use aya::{Ebpf, EbpfLoader, Pod};
-use rvs_control::settings::Settings;
+use aya::{Ebpf, Pod};
+use elder::Elder;
 use rvs_datapath::abi::{self, Clock, Config, CpuStats, Hop, Iface, ServiceKey, map};
-use rvs_datapath::conn::{Policy, SLOTS_MAX, Timeouts};
-use rvs_datapath::ct::{Family, MIN_BUCKETS, Seed, V4, V6};
+use rvs_datapath::conn::SLOTS_MAX;
+use rvs_datapath::ct::{Family, MIN_BUCKETS, V4, V6};
 use rvs_datapath::verdict::COUNTERS;
+use shapes::{ALL, Flat, load, make};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -80,7 +87,12 @@ plain!(
     abi::Stats,
     abi::Trace,
     abi::Traced,
-    abi::TraceRoom
+    abi::TraceRoom,
+    abi::Taker,
+    abi::Handed,
+    abi::HandRoom,
+    abi::Move,
+    abi::Leave
 );
 
 #[repr(transparent)]
@@ -230,24 +242,32 @@ impl<T: Plain> PerCpu<T> {
     }
 }
 
-/// The index of services.
-pub struct Keys(HashMap<MapData, P<ServiceKey>, u64>);
+/// The index of services, or of watched addresses.
+pub struct Keys {
+    name: &'static str,
+    map: HashMap<MapData, P<ServiceKey>, u64>,
+}
 impl Keys {
+    fn open(dir: &Path, name: &'static str) -> Result<Keys> {
+        let map = MapData::from_pin(generation::pin(dir, name)).map_err(failed(format!("pinned map {name}")))?;
+        let map = HashMap::try_from(aya::maps::Map::HashMap(map)).map_err(failed(format!("map {name}")))?;
+        Ok(Keys { name, map })
+    }
     pub fn get(&self, key: ServiceKey) -> Result<Option<u64>> {
-        match self.0.get(&P(key), 0) {
+        match self.map.get(&P(key), 0) {
             Ok(value) => Ok(Some(value)),
             Err(aya::maps::MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(failed(format!("map {}, look up", map::SERVICE_KEYS))(error)),
+            Err(error) => Err(failed(format!("map {}, look up", self.name))(error)),
         }
     }
     pub fn insert(&mut self, key: ServiceKey, value: u64) -> Result<()> {
-        self.0.insert(P(key), value, 0).map_err(failed(format!("map {}, insert", map::SERVICE_KEYS)))
+        self.map.insert(P(key), value, 0).map_err(failed(format!("map {}, insert", self.name)))
     }
     pub fn remove(&mut self, key: ServiceKey) -> Result<()> {
-        self.0.remove(&P(key)).map_err(failed(format!("map {}, remove", map::SERVICE_KEYS)))
+        self.map.remove(&P(key)).map_err(failed(format!("map {}, remove", self.name)))
     }
     pub fn iter(&self) -> impl Iterator<Item = Result<(ServiceKey, u64)>> + '_ {
-        self.0.iter().map(|r| r.map(|(k, v)| (k.0, v)).map_err(failed(format!("map {}, list", map::SERVICE_KEYS))))
+        self.map.iter().map(|r| r.map(|(k, v)| (k.0, v)).map_err(failed(format!("map {}, list", self.name))))
     }
 }
 
@@ -258,6 +278,8 @@ pub struct Maps {
     pub ifaces: Table<Iface>,
     pub vlans: Table<abi::Vlan>,
     pub keys: Keys,
+    pub watched: Keys,
+    pub taker: Table<abi::Taker>,
     pub services: Table<abi::Service>,
     pub service_state: Table<abi::ServiceState>,
     pub dests: Table<abi::Dest>,
@@ -276,6 +298,8 @@ pub struct Maps {
     scratch: [PerCpu<[u64; abi::SCRATCH_WORDS]>; 2],
     pub trace: Table<abi::Trace>,
     trace_room: PerCpu<abi::TraceRoom>,
+    moves: Table<abi::Move>,
+    leaves: Table<abi::Leave>,
     pub conns4: ConnTable<V4>,
     pub conns6: ConnTable<V6>,
 }
@@ -285,38 +309,56 @@ pub struct Dataplane {
     ebpf: Ebpf,
     pub maps: Maps,
     /// Where the programs tell of packets.
-    pub ring: Ring,
+    pub ring: Ring<abi::Traced>,
+    /// Where they hand packets over: fragments that came too early, packets to be cut.
+    pub early: Ring<abi::Handed>,
+    pub large: Ring<abi::Handed>,
     /// Programs that are loaded later name the maps by these open files.
     flat: Flat,
     dir: PathBuf,
     /// Made by this call, and not adopted from pins.
     pub fresh: bool,
+    /// Who was at work before, while flows are moved here from its tables.
+    elder: Option<Elder>,
 }
+
+/// The programs that each data plane has, whatever its hooks.
+const ALWAYS: [&str; 3] = ["rvs_start", "rvs_xdp", "rvs_pass"];
 
 impl Dataplane {
     /// Adopt the maps pinned in `dir` (on a bpffs), or make them; load `object` over them; start the timer.
     /// Pins of another layout are refused: nothing is changed then.
     pub fn open(object: &[u8], dir: &Path, sizes: &Sizes) -> Result<Dataplane> {
-        let mut dataplane = Dataplane::load(object, dir, sizes, &["rvs_start", "rvs_xdp", "rvs_pass"], &[])?;
+        let mut dataplane = Dataplane::load(object, dir, sizes, &ALWAYS, &[])?;
         dataplane.start()?;
+        if dataplane.elder.is_some() {
+            dataplane.succeed()?;
+        }
         Ok(dataplane)
     }
     /// The same without the timer, so that time stands still, and with the given programs of the object. `own`: maps that only this
     /// object has, and their sizes; they are pinned too.
     pub fn load(object: &[u8], dir: &Path, sizes: &Sizes, programs: &[&str], own: &[(&str, u32)]) -> Result<Dataplane> {
         std::fs::create_dir_all(dir).map_err(failed(format!("pin folder {}", dir.display())))?;
+        let moving = generation::recover(dir)?;
         let fresh = !dir.join(map::CONFIG).exists();
-        let flat = if fresh { Flat::make(dir, sizes)? } else { Flat::adopt(dir)? };
-        let mut ebpf = load(object, dir, sizes, own, &flat)?;
+        let mut flat = if fresh { Flat::make(dir, sizes)? } else { Flat::adopt(dir)? };
+        let elder = if moving { Some(Elder::open(dir, &mut flat)?) } else { None };
+        let ebpf = load(object, dir, sizes, own, &flat)?;
         if fresh {
             flat.configure(dir)?;
         }
-        let (maps, ring) = (Maps::open(dir, &flat)?, Ring::of(&mut ebpf)?);
-        let mut dataplane = Dataplane { maps, ring, ebpf, flat, dir: dir.to_owned(), fresh };
+        let mut dataplane = Dataplane { elder, ..Dataplane::over(ebpf, flat, dir, fresh)? };
         for name in programs {
             dataplane.program(name)?;
         }
         Ok(dataplane)
+    }
+    fn over(mut ebpf: Ebpf, flat: Flat, dir: &Path, fresh: bool) -> Result<Dataplane> {
+        let ring = Ring::of(&mut ebpf, map::TRACE_RING)?;
+        let (early, large) = (Ring::of(&mut ebpf, map::EARLY_RING)?, Ring::of(&mut ebpf, map::LARGE_RING)?);
+        let maps = Maps::open(dir, &flat)?;
+        Ok(Dataplane { maps, ring, early, large, ebpf, flat, dir: dir.to_owned(), fresh, elder: None })
     }
     /// Room for what FULLNAT keeps of its flows, if there is none yet: as long as no dest is by that method nobody looks at the single
     /// row that is there. The programs are loaded anew, over the new maps, and put in the place of those that run.
@@ -325,24 +367,24 @@ impl Dataplane {
     /// No memory, or the kernel refuses; all is as before then, or some interfaces have the new programs already, and for all other flows
     /// it is the same.
     pub fn make_sides(&mut self, object: &[u8]) -> Result<bool> {
+        if self.has_room_for_sides() {
+            return Ok(false);
+        }
+        self.refuse_if_moving()?;
         let sizes = Sizes { services: self.maps.services.len(), ..Sizes::default() };
         let mut flat = self.flat.try_clone()?;
         let mut made = Vec::new();
         for (name, rows) in [(map::SIDE4, self.maps.conns4.slots()), (map::SIDE6, self.maps.conns6.slots())] {
             let rows = rows.next_power_of_two();
-            if let Some((shape, fd)) = flat.0.iter_mut().find(|(s, _)| s.name == name && s.len < rows) {
+            if let Some((shape, fd)) = flat.maps.iter_mut().find(|(s, _)| s.name == name && s.len < rows) {
                 shape.len = rows;
                 *fd = make(shape)?;
                 made.push(name);
             }
         }
-        if made.is_empty() {
-            return Ok(false);
-        }
-        let mut ebpf = load(object, &self.dir, &sizes, &[], &flat)?;
-        let (maps, ring) = (Maps::open(&self.dir, &flat)?, Ring::of(&mut ebpf)?);
-        let mut next = Dataplane { maps, ring, ebpf, flat, dir: self.dir.clone(), fresh: false };
-        for name in ["rvs_start", "rvs_xdp", "rvs_pass"] {
+        let ebpf = load(object, &self.dir, &sizes, &[], &flat)?;
+        let mut next = Dataplane::over(ebpf, flat, &self.dir, false)?;
+        for name in ALWAYS {
             next.program(name)?;
         }
         for name in made {
@@ -352,18 +394,27 @@ impl Dataplane {
             std::fs::rename(&side, &path).map_err(failed(format!("pin {}", path.display())))?;
         }
         next.start()?;
-        for a in attach::list(&self.dir)?.iter().filter(|a| a.ifindex != 0) {
-            next.attach(attach::Port { name: &a.name, ifindex: a.ifindex }, a.hook)?;
-        }
+        next.attach_all()?;
         *self = next;
         Ok(true)
+    }
+    fn has_room_for_sides(&self) -> bool {
+        let rows = |name| self.flat.get(name).map_or(0, |(_, _, len)| len);
+        rows(map::SIDE4) >= self.maps.conns4.slots() && rows(map::SIDE6) >= self.maps.conns6.slots()
+    }
+    /// These programs into all links.
+    fn attach_all(&mut self) -> Result<()> {
+        for a in attach::list(&self.dir)?.iter().filter(|a| a.ifindex != 0) {
+            self.attach(attach::Port { name: &a.name, ifindex: a.ifindex }, a.hook)?;
+        }
+        Ok(())
     }
     pub fn dir(&self) -> &Path {
         &self.dir
     }
     /// A program, loaded if it was not.
     fn program(&mut self, name: &str) -> Result<ProgramFd> {
-        gates::load(&mut self.ebpf, name, Some(&self.dir))
+        gates::load(&mut self.ebpf, name, Some(&self.dir), self.elder.as_ref())
     }
     /// Once in a while: what programs that have been replaced held is let go. (Not at once: a packet may be under way in one.)
     ///
@@ -388,7 +439,7 @@ impl Dataplane {
     }
     /// An array map that only this object has.
     pub fn own_table<T: Plain>(&self, name: &'static str) -> Result<Table<T>> {
-        let data = MapData::from_pin(self.dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
+        let data = MapData::from_pin(generation::pin(&self.dir, name)).map_err(failed(format!("pinned map {name}")))?;
         let len = data.info().map_err(failed(format!("map {name}")))?.max_entries();
         Table::new(data.fd().as_fd(), name, len)
     }
@@ -398,6 +449,7 @@ impl Dataplane {
             attach::detach(&self.dir, &a.name, a.hook)?;
         }
         gates::close_all(&self.dir)?;
+        generation::forget(&self.dir)?;
         for name in ALL {
             let path = self.dir.join(name);
             std::fs::remove_file(&path).map_err(failed(format!("remove {}", path.display())))?;
@@ -419,11 +471,11 @@ impl Dataplane {
             let mapping = raw::Mapping::new(fd.as_fd(), shape.bytes()? as usize).map_err(what())?;
             Ok((shape.name, mapping.words().iter().map(|w| w.load(Ordering::Relaxed)).collect()))
         };
-        self.flat.0.iter().map(words).collect()
+        self.flat.maps.iter().map(words).collect()
     }
     /// Memory that the kernel charges for a map, in bytes.
     pub fn charged(&self, name: &str) -> Result<u64> {
-        let data = MapData::from_pin(self.dir.join(name)).map_err(failed(format!("map {name}")))?;
+        let data = MapData::from_pin(generation::pin(&self.dir, name)).map_err(failed(format!("map {name}")))?;
         let fd = data.fd().as_fd().as_raw_fd();
         let what = format!("fdinfo of map {name}");
         let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).map_err(failed(what.clone()))?;
@@ -435,265 +487,17 @@ impl Dataplane {
     }
 }
 
-/// The maps that the programs reach without a lookup (`flat`), and how many entries each has: a power of two, or one.
-struct Flat(Vec<(Shape, OwnedFd)>);
-
-/// One of them.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    pub name: &'static str,
-    /// 8-byte words of an entry.
-    pub words: usize,
-    /// Entries: a power of two.
-    pub len: u32,
-    /// Such an array for each CPU.
-    pub per_cpu: bool,
-}
-
-impl Shape {
-    const fn new<T>(name: &'static str, len: u32) -> Shape {
-        Shape { name, words: size_of::<T>().div_ceil(8), len, per_cpu: false }
-    }
-    const fn per_cpu<T>(name: &'static str, len: u32) -> Shape {
-        Shape { per_cpu: true, ..Shape::new::<T>(name, len) }
-    }
-    /// Bytes of the whole map.
-    fn bytes(&self) -> Result<u64> {
-        let parts = if self.per_cpu { cpu_parts()? } else { 1 };
-        Ok(self.words as u64 * 8 * u64::from(self.len) * u64::from(parts))
-    }
-}
-
-/// The maps of one value, for these sizes.
-pub fn shapes(s: &Sizes) -> Result<Vec<Shape>> {
-    let (services, dests) = (s.services.next_power_of_two(), s.dests.next_power_of_two());
-    Ok(vec![
-        Shape::new::<[u64; V4::WORDS]>(map::CONN4, Sizes::buckets::<V4>(s.flows4)?),
-        Shape::new::<[u64; V6::WORDS]>(map::CONN6, Sizes::buckets::<V6>(s.flows6)?),
-        Shape::new::<Clock>(map::CLOCK, 1),
-        Shape::new::<Iface>(map::IFACES, abi::IFACES_MAX),
-        Shape::new::<abi::Vlan>(map::VLANS, abi::VLANS_MAX),
-        Shape::new::<abi::Service>(map::SERVICES, services),
-        Shape::new::<abi::ServiceState>(map::SERVICE_STATE, services),
-        Shape::new::<abi::Dest>(map::DESTS, dests),
-        Shape::new::<abi::Tunnel>(map::TUNNELS, dests),
-        Shape::new::<abi::DestInfo>(map::DEST_INFO, dests),
-        Shape::new::<abi::DestState>(map::DEST_STATE, dests),
-        Shape::per_cpu::<CpuStats>(map::DEST_STATS, dests),
-        Shape::new::<abi::ListEntry>(map::LISTS, s.lists.next_power_of_two()),
-        Shape::new::<u32>(map::TABLES, s.tables.next_power_of_two()),
-        Shape::new::<abi::Local>(map::LOCALS, abi::LOCALS_MAX),
-        side::<V4>(s.fullnat, s.flows4)?,
-        side::<V6>(s.fullnat, s.flows6)?,
-        Shape::new::<Hop>(map::HOPS, s.hops.next_power_of_two()),
-        Shape::new::<Hop>(map::REPLY_HOPS, abi::REPLY_HOPS_MAX),
-        Shape::new::<[u64; abi::fragment::WORDS]>(map::FRAGMENTS, abi::FRAGMENTS_MAX),
-        Shape::new::<u64>(map::RATES, abi::RATES_MAX),
-        Shape::per_cpu::<u64>(map::VERDICTS, COUNTERS as u32),
-        Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH4, 1),
-        Shape::per_cpu::<[u64; abi::SCRATCH_WORDS]>(map::SCRATCH6, 1),
-        Shape::new::<abi::Trace>(map::TRACE, 1),
-        Shape::per_cpu::<abi::TraceRoom>(map::TRACE_ROOM, 1),
-        Shape::new::<Config>(map::CONFIG, 1),
-    ])
-}
-
-/// The rows beside a connection table: one, or as many as that has places.
-fn side<I: rvs_datapath::packet::Ip>(whole: bool, flows: u32) -> Result<Shape> {
-    let rows = if whole { Sizes::buckets::<I>(flows)? * I::WAYS as u32 } else { 1 }.next_power_of_two();
-    Ok(match I::FAMILY {
-        4 => Shape::new::<[u64; abi::SIDE4_WORDS]>(map::SIDE4, rows),
-        _ => Shape::new::<[u64; abi::SIDE6_WORDS]>(map::SIDE6, rows),
-    })
-}
-
-/// CPUs that there can be.
-fn cpus() -> Result<u32> {
-    let cpus = aya::util::nr_cpus().map_err(|(path, source)| failed(format!("read {path}"))(source))?;
-    Ok(cpus as u32)
-}
-/// Parts of a map that has one for each: a power of two.
-fn cpu_parts() -> Result<u32> {
-    Ok(cpus()?.next_power_of_two())
-}
-
-/// A new map, not pinned.
-fn make(shape: &Shape) -> Result<OwnedFd> {
-    let (name, bytes) = (shape.name, shape.bytes()?);
-    let too_large = || BpfError::Refused(format!("map {name} would have {bytes} bytes: at most {}", u32::MAX / 2));
-    let bytes = u32::try_from(bytes).ok().filter(|b| *b <= u32::MAX / 2).ok_or_else(too_large)?;
-    raw::create_mappable(name, bytes).map_err(failed(format!("map {name} of {bytes} bytes")))
-}
-
-impl Flat {
-    fn try_clone(&self) -> Result<Flat> {
-        let clone =
-            |(shape, fd): &(Shape, OwnedFd)| Ok((*shape, fd.try_clone().map_err(failed("open file of a map"))?));
-        self.0.iter().map(clone).collect::<Result<_>>().map(Flat)
-    }
-
-    /// New ones. All but CONFIG, which comes last, are pinned: its pin says that all are there.
-    fn make(dir: &Path, sizes: &Sizes) -> Result<Flat> {
-        let mut made = Vec::new();
-        for shape in shapes(sizes)? {
-            made.push((shape, make(&shape)?));
-            // Left behind by a start that was cut short.
-            let _ = std::fs::remove_file(dir.join(shape.name));
-        }
-        for name in LOOKED_UP {
-            let _ = std::fs::remove_file(dir.join(name));
-        }
-        for (shape, fd) in made.iter().filter(|(shape, _)| shape.name != map::CONFIG) {
-            let path = dir.join(shape.name);
-            raw::pin(fd.as_fd(), &path).map_err(failed(format!("pin {}", path.display())))?;
-        }
-        Ok(Flat(made))
-    }
-
-    /// Those pinned, if they are of our layout.
-    fn adopt(dir: &Path) -> Result<Flat> {
-        let other = |what: String| {
-            BpfError::Refused(format!(
-                "the pins in {} were made by another version of rvsd ({what}): stop with that version's `rvsd --teardown`, or use another folder (--pin)",
-                dir.display()
-            ))
-        };
-        let mut found = Vec::new();
-        // CONFIG first: without its version nothing else is worth a look.
-        for shape in shapes(&Sizes::default())?.into_iter().rev() {
-            let name = shape.name;
-            let data = MapData::from_pin(dir.join(name)).map_err(failed(format!("pinned map {name}")))?;
-            let size = data.info().map_err(failed(format!("map {name}")))?.value_size();
-            let one = Shape { len: 1, ..shape }.bytes()?;
-            let len = (u64::from(size) / one) as u32;
-            if !u64::from(size).is_multiple_of(one) || !len.is_power_of_two() {
-                return Err(other(format!("map {name} of {size} bytes")));
-            }
-            let fd = data.fd().as_fd().try_clone_to_owned().map_err(failed(format!("map {name}")))?;
-            found.push((Shape { len, ..shape }, fd));
-            if name == map::CONFIG {
-                let version = Table::<Config>::new(data.fd().as_fd(), name, len)?.get(0)?.version;
-                if version != abi::VERSION {
-                    return Err(other(format!("layout {version:016x}, ours is {:016x}", abi::VERSION)));
-                }
-            }
-        }
-        Ok(Flat(found))
-    }
-
-    /// The first configuration; then all is there.
-    fn configure(&self, dir: &Path) -> Result<()> {
-        let mut seed = Seed::default();
-        for word in &mut seed.0 {
-            *word = random()?;
-        }
-        let t = Timeouts::default();
-        let policy = Policy::new(&t);
-        let timeouts_s = [t.tcp, t.tcp_fin, t.udp, 0];
-        let (flags, turned_at, drop_rate, spare) = (0, 0, 0, 0);
-        let settings = Settings::default().values();
-        let config =
-            Config { version: abi::VERSION, seed, policy, flags, turned_at, timeouts_s, drop_rate, spare, settings };
-        self.table::<Config>(map::CONFIG)?.set(0, config)?;
-        let path = dir.join(map::CONFIG);
-        raw::pin(self.get(map::CONFIG)?.1, &path).map_err(failed(format!("pin {}", path.display())))
-    }
-
-    /// What the programs know of them.
-    fn symbols(&self) -> Result<Vec<(String, flat::Value)>> {
-        let mut symbols = vec![("CPUS_MASK".to_owned(), flat::Value::Number(u64::from(cpu_parts()? - 1)))];
-        for (shape, fd) in &self.0 {
-            Flat::symbols_of(shape, fd.as_raw_fd(), &mut symbols);
-        }
-        Ok(symbols)
-    }
-    /// ... of one.
-    fn symbols_of(Shape { name, words, len, .. }: &Shape, fd: i32, symbols: &mut Vec<(String, flat::Value)>) {
-        symbols.push(((*name).to_owned(), flat::Value::Map(fd)));
-        symbols.push((format!("{name}_MASK"), flat::Value::Number(u64::from(len - 1))));
-        symbols.push((format!("{name}_BYTES"), flat::Value::Number(u64::from(*len) * *words as u64 * 8)));
-    }
-
-    fn get(&self, name: &str) -> Result<(&'static str, BorrowedFd<'_>, u32)> {
-        let found = self.0.iter().find(|(shape, _)| shape.name == name);
-        let (shape, fd) = found.ok_or_else(|| BpfError::Refused(format!("there is no map {name}")))?;
-        Ok((shape.name, fd.as_fd(), shape.len))
-    }
-    fn table<T: Plain>(&self, name: &str) -> Result<Table<T>> {
-        let (name, fd, len) = self.get(name)?;
-        Table::new(fd, name, len)
-    }
-    fn per_cpu<T: Plain>(&self, name: &str) -> Result<PerCpu<T>> {
-        let (name, fd, len) = self.get(name)?;
-        Ok(PerCpu { all: Table::new(fd, name, len * cpu_parts()?)?, len, cpus: cpus()? })
-    }
-    fn conns<F: rvs_datapath::packet::Ip>(&self, name: &str, config: Config) -> Result<ConnTable<F>> {
-        let (name, fd, len) = self.get(name)?;
-        let mapping = raw::Mapping::new(fd, len as usize * F::WORDS * 8);
-        Ok(ConnTable::new(mapping.map_err(failed(format!("map {name} into memory")))?, len - 1, config))
-    }
-}
-
-fn load(object: &[u8], dir: &Path, sizes: &Sizes, own: &[(&str, u32)], flat: &Flat) -> Result<Ebpf> {
-    let object = flat::bind(object, &flat.symbols()?).map_err(BpfError::Refused)?;
-    let mut loader = EbpfLoader::new();
-    loader.map_max_entries(map::SERVICE_KEYS, sizes.services);
-    for (name, size) in own {
-        loader.map_max_entries(name, *size);
-    }
-    for name in LOOKED_UP.iter().chain(own.iter().map(|(name, _)| name)) {
-        loader.map_pin_path(name, dir.join(name));
-    }
-    loader.load(&object).map_err(failed("load the data plane"))
-}
-
-/// The maps that are not flat.
-const LOOKED_UP: [&str; 2] = [map::TIMER, map::SERVICE_KEYS];
-
-const ALL: [&str; 29] = [
-    // The first: without its pin nobody takes the others for whole.
-    map::CONFIG,
-    map::CONN4,
-    map::CONN6,
-    map::CLOCK,
-    map::TIMER,
-    map::IFACES,
-    map::VLANS,
-    map::SERVICE_KEYS,
-    map::SERVICES,
-    map::SERVICE_STATE,
-    map::DESTS,
-    map::TUNNELS,
-    map::DEST_INFO,
-    map::DEST_STATE,
-    map::DEST_STATS,
-    map::LISTS,
-    map::TABLES,
-    map::HOPS,
-    map::REPLY_HOPS,
-    map::FRAGMENTS,
-    map::RATES,
-    map::VERDICTS,
-    map::SCRATCH4,
-    map::SCRATCH6,
-    map::LOCALS,
-    map::SIDE4,
-    map::SIDE6,
-    map::TRACE,
-    map::TRACE_ROOM,
-];
-
 impl Maps {
     fn open(dir: &Path, flat: &Flat) -> Result<Maps> {
         let config = flat.table::<Config>(map::CONFIG)?;
         let c = config.get(0)?;
-        let keys = MapData::from_pin(dir.join(map::SERVICE_KEYS)).map_err(failed("pinned map SERVICE_KEYS"))?;
-        let keys = HashMap::try_from(aya::maps::Map::HashMap(keys)).map_err(failed("map SERVICE_KEYS"))?;
         Ok(Maps {
             clock: flat.table(map::CLOCK)?,
             ifaces: flat.table(map::IFACES)?,
             vlans: flat.table(map::VLANS)?,
-            keys: Keys(keys),
+            keys: Keys::open(dir, map::SERVICE_KEYS)?,
+            watched: Keys::open(dir, map::WATCHED)?,
+            taker: flat.table(map::TAKER)?,
             services: flat.table(map::SERVICES)?,
             service_state: flat.table(map::SERVICE_STATE)?,
             dests: flat.table(map::DESTS)?,
@@ -712,6 +516,8 @@ impl Maps {
             scratch: [flat.per_cpu(map::SCRATCH4)?, flat.per_cpu(map::SCRATCH6)?],
             trace: flat.table(map::TRACE)?,
             trace_room: flat.per_cpu(map::TRACE_ROOM)?,
+            moves: flat.table(map::MOVES)?,
+            leaves: flat.table(map::LEAVES)?,
             conns4: flat.conns(map::CONN4, c)?,
             conns6: flat.conns(map::CONN6, c)?,
             config,
@@ -744,15 +550,4 @@ impl Maps {
         }
         Ok(all)
     }
-}
-
-/// A random word from the kernel.
-fn random() -> Result<u64> {
-    let mut bytes = [0u8; 8];
-    // SAFETY: a buffer of eight bytes of ours.
-    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if n != 8 {
-        return Err(failed("random numbers")(std::io::Error::last_os_error()));
-    }
-    Ok(u64::from_ne_bytes(bytes))
 }

@@ -49,6 +49,13 @@ fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<i32> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r as i32) }
 }
 
+/// The same where the kernel writes to the block, too.
+fn bpf_mut<T>(command: libc::c_int, mut attr: T) -> io::Result<T> {
+    // SAFETY: `attr` is a valid, initialised attribute block of the size given.
+    let r = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attr, size_of::<T>()) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(attr) }
+}
+
 /// An array of one value of `bytes`, which user space can map. (An object file gives value sizes only at compile time.)
 pub fn create_mappable(name: &str, bytes: u32) -> io::Result<OwnedFd> {
     let mut attr = Create {
@@ -200,24 +207,53 @@ pub fn netns_cookie() -> io::Result<u64> {
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
+/// `union bpf_attr` of BPF_PROG_TEST_RUN.
+#[repr(C)]
+#[derive(Default)]
+struct Run {
+    program: u32,
+    returned: u32,
+    size_in: u32,
+    size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    context_size_in: u32,
+    context_size_out: u32,
+    context_in: u64,
+    context_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    rest: u32,
+}
+const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 1 << 1;
+
+/// Have a frame come in by an interface of this thread's network namespace, at the XDP program given, which decides what becomes of it as if the
+/// device had brought it (Linux 5.18).
+pub fn inject(program: BorrowedFd<'_>, ifindex: u32, frame: &[u8]) -> io::Result<()> {
+    let len = frame.len() as u32;
+    // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+    let context = [0, len, 0, ifindex, 0, 0u32];
+    let attr = Run {
+        program: program.as_raw_fd() as u32,
+        size_in: len,
+        data_in: frame.as_ptr() as u64,
+        repeat: 1,
+        context_size_in: size_of_val(&context) as u32,
+        context_in: context.as_ptr() as u64,
+        flags: BPF_F_TEST_XDP_LIVE_FRAMES,
+        batch_size: 1,
+        ..Run::default()
+    };
+    bpf_mut(BPF_PROG_TEST_RUN, attr).map(drop)
+}
+
 /// Run a program once on a frame, wherever it is attached: its code, and what it made of the frame.
 pub fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
-    /// `union bpf_attr` of BPF_PROG_TEST_RUN.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Run {
-        program: u32,
-        returned: u32,
-        size_in: u32,
-        size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        rest: [u32; 12],
-    }
     let mut out = vec![0u8; frame.len() + 256];
-    let mut attr = Run {
+    let attr = Run {
         program: program.as_raw_fd() as u32,
         size_in: frame.len() as u32,
         size_out: out.len() as u32,
@@ -225,12 +261,8 @@ pub fn test_run(program: BorrowedFd<'_>, frame: &[u8]) -> io::Result<(u32, Vec<u
         data_out: out.as_mut_ptr() as u64,
         ..Run::default()
     };
-    // SAFETY: a valid attribute block of the size given, and two buffers of the sizes in it; the kernel writes to the second, and to the
-    // block.
-    let r = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, size_of::<Run>()) };
-    if r < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    // (The kernel writes to the buffer of the size given.)
+    let attr = bpf_mut(BPF_PROG_TEST_RUN, attr)?;
     out.truncate(attr.size_out as usize);
     Ok((attr.returned, out))
 }

@@ -4,7 +4,7 @@
 
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use rvs_datapath::abi::{CpuStats, Iface, Trace, map};
+use rvs_datapath::abi::{CpuStats, Iface, Trace, Traced, map};
 use rvs_datapath::verdict::Verdict;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -12,7 +12,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use super::attach::Hook;
 use super::raw::{self, Mapping};
-use super::{BpfError, Dataplane, Flat, LOOKED_UP, Result, Shape, Table, failed, flat, gates};
+use super::shapes::{Flat, LOOKED_UP};
+use super::{BpfError, Dataplane, Result, Shape, Table, failed, flat, gates, generation};
 use crate::memory;
 
 /// State that says what becomes of a packet.
@@ -32,7 +33,7 @@ const COPIED: [&str; 13] = [
     map::SIDE6,
 ];
 /// ... and what only counts: empty before each packet, so that what is in it afterwards is the packet's.
-const EMPTY: [&str; 4] = [map::DEST_STATS, map::VERDICTS, map::TRACE, map::TRACE_ROOM];
+const EMPTY: [&str; 5] = [map::DEST_STATS, map::VERDICTS, map::TRACE, map::TRACE_ROOM, map::HAND_ROOM];
 
 /// The live maps, for a [`Rehearsal`] on another thread.
 pub struct Stage {
@@ -43,7 +44,8 @@ pub struct Stage {
 impl Dataplane {
     /// The maps of today, to rehearse over.
     pub fn stage(&self) -> Result<Stage> {
-        let maps = self.flat.0.iter();
+        self.refuse_if_moving()?;
+        let maps = self.flat.maps.iter();
         let flat = maps.map(|(shape, fd)| Ok((*shape, fd.try_clone()?))).collect::<std::io::Result<_>>();
         Ok(Stage { flat: flat.map_err(failed("open files for a rehearsal"))?, dir: self.dir.clone() })
     }
@@ -64,7 +66,7 @@ pub struct Outcome {
 /// A second instance of the data plane.
 pub struct Rehearsal {
     pub(super) ebpf: Ebpf,
-    ring: super::Ring,
+    ring: super::Ring<Traced>,
     /// Live and own, one after the other.
     copies: Vec<(Mapping, Mapping)>,
     ifaces: Table<Iface>,
@@ -115,29 +117,31 @@ impl Stage {
                 copies.push((at(live.as_fd())?, at(own.as_fd())?));
             }
             Flat::symbols_of(shape, own.as_raw_fd(), &mut symbols);
-            maps.push((shape.name, shape.len, own));
+            maps.push((*shape, own));
         }
+        Flat::old_symbols(maps.iter().map(|(shape, fd)| (shape, fd.as_raw_fd())), &mut symbols);
         let table = |wanted: &str| {
-            let found = maps.iter().find(|(name, ..)| *name == wanted);
-            found.ok_or_else(|| BpfError::Refused(format!("there is no map {wanted}")))
+            let found = maps.iter().find(|(shape, _): &&(Shape, OwnedFd)| shape.name == wanted);
+            let found = found.ok_or_else(|| BpfError::Refused(format!("there is no map {wanted}")))?;
+            Ok::<_, BpfError>((found.0.name, found.0.len, &found.1))
         };
         let object = flat::bind(object, &symbols).map_err(BpfError::Refused)?;
         let mut loader = EbpfLoader::new();
         // Its timer, never started, is its own.
         for name in LOOKED_UP.iter().filter(|name| **name != map::TIMER) {
-            loader.map_pin_path(name, self.dir.join(name));
+            loader.map_pin_path(name, generation::pin(&self.dir, name));
         }
         let mut ebpf = loader.load(&object).map_err(failed("load the data plane once more"))?;
-        let ring = super::Ring::of(&mut ebpf)?;
+        let ring = super::Ring::of(&mut ebpf, map::TRACE_RING)?;
         let (name, len, fd) = table(map::IFACES)?;
-        let ifaces = Table::new(fd.as_fd(), name, *len)?;
+        let ifaces = Table::new(fd.as_fd(), name, len)?;
         let (name, len, fd) = table(map::DEST_STATS)?;
-        let stats = Table::new(fd.as_fd(), name, *len)?;
+        let stats = Table::new(fd.as_fd(), name, len)?;
         let (name, len, fd) = table(map::TRACE)?;
         // It tells of its packets as `rvs trace` is told: the verdict is in there.
         let all = Trace { reasons: [u64::MAX; 2], until_s: u32::MAX, ..Trace::default() };
-        Table::new(fd.as_fd(), name, *len)?.set(0, all)?;
-        let _maps = maps.into_iter().map(|(_, _, fd)| fd).collect();
+        Table::new(fd.as_fd(), name, len)?.set(0, all)?;
+        let _maps = maps.into_iter().map(|(_, fd)| fd).collect();
         Ok(Rehearsal { ebpf, ring, copies, ifaces, stats, _maps })
     }
 }
@@ -189,7 +193,7 @@ impl Rehearsal {
     }
 
     fn load(&mut self, hook: Hook) -> Result<()> {
-        gates::load(&mut self.ebpf, hook.program(), None).map(drop)
+        gates::load(&mut self.ebpf, hook.program(), None, None).map(drop)
     }
     fn xdp(&mut self, hook: Hook) -> Result<&mut Xdp> {
         let name = hook.program();

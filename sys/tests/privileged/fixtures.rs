@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::SeqCst;
 
 use aya::programs::{TestRun, TestRunOptions};
-use rvs_datapath::abi::{Clock, Config, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats};
+use rvs_datapath::abi::{Clock, Config, DestState, Hop, REPLY_HOPS_MAX, ServiceState, Stats, Taker};
+use rvs_datapath::elder::ELDER;
 use rvs_datapath::verdict::{COUNTERS, Reason};
 use rvs_fixtures::case::{Code, Counted, Engine, FlowRow, START_S, Sent};
 use rvs_fixtures::cases;
@@ -19,10 +20,30 @@ use crate::world::Ns;
 
 pub const CASES: &[crate::Case] = &[
     ("packet_fixtures_are_the_same_in_the_kernel_and_natively", || {
-        same_in_the_kernel_and_natively(Hook::XdpNative, &[])
+        same_in_the_kernel_and_natively(Hook::XdpNative, &[], Who::Alone)
     }),
-    ("packet_fixtures_are_the_same_through_tc", || same_in_the_kernel_and_natively(Hook::Tc, RESOLVED)),
+    ("packet_fixtures_are_the_same_through_tc", || same_in_the_kernel_and_natively(Hook::Tc, RESOLVED, Who::Alone)),
+    ("packet_fixtures_are_the_same_by_the_elder", || same_in_the_kernel_and_natively(Hook::XdpNative, &[], Who::Elder)),
+    ("packet_fixtures_are_the_same_by_the_elder_through_tc", || {
+        same_in_the_kernel_and_natively(Hook::Tc, RESOLVED, Who::Elder)
+    }),
+    ("packet_fixtures_are_the_same_when_an_elder_is_asked", || {
+        same_in_the_kernel_and_natively(Hook::XdpNative, &[], Who::Heir)
+    }),
+    ("packet_fixtures_are_the_same_when_an_elder_is_asked_through_tc", || {
+        same_in_the_kernel_and_natively(Hook::Tc, RESOLVED, Who::Heir)
+    }),
 ];
+
+/// Who has the flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    Alone,
+    /// The elder of the data plane that the packets come to, whose own tables are empty: all that it does goes through the gate.
+    Elder,
+    /// A data plane whose elder knows none of them, and leaves every packet that it is asked about as it is.
+    Heir,
+}
 
 /// Cases in which a next hop has no known neighbour: tc has the kernel resolve it. And those with VLAN tags in the frame, where a test
 /// of a tc program leaves them, and the kernel itself does not.
@@ -37,11 +58,11 @@ pub const RESOLVED: &[&str] = &[
     "vlan_tags_of_replies",
 ];
 
-fn same_in_the_kernel_and_natively(hook: Hook, except: &[&str]) {
+fn same_in_the_kernel_and_natively(hook: Hook, except: &[&str], who: Who) {
     let ns = director();
     rvs_sys::netns::enter(&ns.name).expect("enter the namespace");
-    let pins = Bpffs::mount(hook.name());
-    let mut kernel = Kernel::open(&pins, hook);
+    let pins = Bpffs::mount(&format!("{}-{who:?}", hook.name()));
+    let mut kernel = Kernel::open(&pins, hook).with(who);
     let mut native = Native::default();
     let (mut failed, mut packets) = (Vec::new(), 0);
     for case in cases::all().iter().filter(|c| !except.contains(&c.name)) {
@@ -141,7 +162,11 @@ impl Drop for Bpffs {
 
 /// The programs and maps of the kernel.
 pub struct Kernel {
+    /// That which has the flows.
     pub dataplane: Dataplane,
+    /// Its heir, which the packets come to; or its elder.
+    other: Option<Dataplane>,
+    who: Who,
     hook: Hook,
     /// What is loaded, to be taken away again.
     layout: Layout,
@@ -167,7 +192,30 @@ impl Kernel {
         dataplane.maps.config.set(0, config).expect("set the seed");
         let verdicts = [0; COUNTERS];
         let (layout, stats_before) = (Layout::default(), Vec::new());
-        Kernel { dataplane, hook, layout, verdicts_before: verdicts, stats_before, verdicts, last: Reason::Route }
+        Kernel {
+            dataplane,
+            other: None,
+            who: Who::Alone,
+            hook,
+            layout,
+            verdicts_before: verdicts,
+            stats_before,
+            verdicts,
+            last: Reason::Route,
+        }
+    }
+    fn with(mut self, who: Who) -> Kernel {
+        if who == Who::Alone {
+            return self;
+        }
+        let mut heir = self.dataplane.heir(OBJECT, [8192, 6144], &[self.hook]).expect("an heir");
+        if who == Who::Heir {
+            let config = self.dataplane.maps.config.get(0).expect("the configuration");
+            let told = Config { flags: ELDER, ..config };
+            self.dataplane.maps.config.set(0, told).expect("tell the elder");
+            std::mem::swap(&mut self.dataplane, &mut heir);
+        }
+        Kernel { other: Some(heir), who, ..self }
     }
     fn counter(&self, reason: usize) -> u64 {
         self.dataplane.maps.verdicts.get(reason as u32).expect("a counter").iter().sum()
@@ -190,7 +238,7 @@ impl Kernel {
             return self.last;
         }
         let all = self.dataplane.maps.verdicts().expect("the counters");
-        let up: Vec<usize> = (0..COUNTERS).filter(|i| all[*i] != self.verdicts[*i]).collect();
+        let up: Vec<usize> = (0..Reason::ALL.len()).filter(|i| all[*i] != self.verdicts[*i]).collect();
         assert_eq!(up.len(), 1, "counters that a packet moved: {up:?}");
         assert_eq!(all[up[0]], self.verdicts[up[0]] + 1);
         self.verdicts = all;
@@ -245,6 +293,15 @@ impl Engine for Kernel {
         for (i, tunnel) in (0..).zip(&layout.tunnels) {
             maps.tunnels.set(i, *tunnel).expect("a tunnel");
         }
+        for (key, _) in &self.layout.watched {
+            if maps.watched.get(*key).expect("a watched address").is_some() {
+                maps.watched.remove(*key).expect("an address is no longer watched");
+            }
+        }
+        for (key, bits) in &layout.watched {
+            maps.watched.insert(*key, *bits).expect("a watched address");
+        }
+        maps.taker.set(0, Taker { until_s: if layout.takes { u64::MAX } else { 0 } }).expect("the taker");
         for (i, local) in (0..).zip(&layout.locals) {
             maps.locals.set(i, *local).expect("a local address");
         }
@@ -283,6 +340,8 @@ impl Engine for Kernel {
         self.dataplane.maps.service_state.get(service).expect("machines")
     }
     fn send(&mut self, frame: &[u8], ifindex: u32) -> Option<Sent> {
+        // As the daemon would: the rings have room.
+        while self.dataplane.early.take().is_some() || self.dataplane.large.take().is_some() {}
         if !carried(self.hook, frame) {
             return None;
         }
@@ -299,9 +358,13 @@ impl Engine for Kernel {
         let mut out = vec![0; 4096];
         let mut options = TestRunOptions::new();
         (options.data_in, options.data_out, options.ctx_in) = (Some(frame), Some(&mut out[..]), Some(&context[..]));
+        let dataplane = match &mut self.other {
+            Some(heir) if self.who == Who::Elder => heir,
+            _ => &mut self.dataplane,
+        };
         let done = match self.hook {
-            Hook::Tc => self.dataplane.tc("rvs_tc_in").expect("the program").test_run(options),
-            _ => self.dataplane.xdp("rvs_xdp").expect("the program").test_run(options),
+            Hook::Tc => dataplane.tc("rvs_tc_in").expect("the program").test_run(options),
+            _ => dataplane.xdp("rvs_xdp").expect("the program").test_run(options),
         };
         let done = done.unwrap_or_else(|e| panic!("a frame of {} bytes by {ifindex}: {e:?}", frame.len()));
         out.truncate(done.data_size_out as usize);
@@ -351,6 +414,7 @@ impl Engine for Kernel {
     }
     fn verdicts(&mut self) -> [u64; COUNTERS] {
         let all = self.dataplane.maps.verdicts().expect("the counters");
-        std::array::from_fn(|i| all[i] - self.verdicts_before[i])
+        // (What an elder has done its heir counts as that, too: by no reason.)
+        std::array::from_fn(|i| if i < Reason::ALL.len() { all[i] - self.verdicts_before[i] } else { 0 })
     }
 }

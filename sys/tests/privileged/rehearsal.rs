@@ -180,7 +180,7 @@ fn world(r: &mut Random) -> World {
             | r.of(&[0, service::HASH_PORT, service::HASH_FALLBACK]);
         services.push(one);
     }
-    World { services, settings: [0; 2] }
+    World { services, settings: [0; 2], takes: false }
 }
 
 /// To a service, to none, or from a real server.
