@@ -63,7 +63,7 @@ fn perhaps_about_tunnel<I: Ip, P: Packet>(p: &mut P, by: usize) -> Verdict {
 /// About the outer packet of a tunnel: the client is told the same about what is in it, from the virtual address (`ip_vs_in_icmp`).
 #[inline(always)]
 fn about_tunnel<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
-    let Some(outer) = related::outer(p) else { return pass(Reason::Icmp) };
+    let Some(outer) = related::outer(p) else { return stranger(Reason::Icmp) };
     let c = <V4 as Of<T>>::conns(t);
     let Found::Live(hit) = ct::lookup::<V4, _>(c.table(), &outer.key) else { return stranger(Reason::Icmp) };
     if hit.control & ct::REVERSE != 0 || conn::expired(c.policy(), hit.control, c.now_s()) {
