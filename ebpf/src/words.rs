@@ -46,7 +46,7 @@ fn clock_s() -> u32 {
 }
 
 macro_rules! buckets {
-    ($family:ty, $words:literal, $map:ty) => {
+    ($family:ty, $words:literal, $map:ty, $side:ty, $rows:literal) => {
         impl Buckets<$family> for Table<$family> {
             type B<'b>
                 = Line<$words>
@@ -55,6 +55,19 @@ macro_rules! buckets {
             #[inline(always)]
             fn bucket(&self, n: u32) -> Line<$words> {
                 Line(<$map>::at(n) as *mut u64)
+            }
+            #[inline(always)]
+            fn beside(&self, n: u32) {
+                // (Where nothing is kept the verifier takes this out.)
+                if <$side>::mask() == 0 {
+                    return;
+                }
+                let mut row = 0;
+                while row < <$family>::WAYS as u32 {
+                    // SAFETY: a valid value, of whole words. The number is not used.
+                    unsafe { (<$side>::at(n.wrapping_mul(<$family>::WAYS as u32) + row) as *const u64).read_volatile() };
+                    row += $rows;
+                }
             }
             #[inline(always)]
             fn mask(&self) -> u32 {
@@ -96,8 +109,9 @@ macro_rules! buckets {
         const _: () = assert!(<$family>::WORDS == $words);
     };
 }
-buckets!(V4, 8, maps::Conn4);
-buckets!(V6, 16, maps::Conn6);
+// (The last: rows of a cache line.)
+buckets!(V4, 8, maps::Conn4, maps::Side4, 2);
+buckets!(V6, 16, maps::Conn6, maps::Side6, 1);
 
 macro_rules! conns {
     ($family:ty, $side:ty, $enter:path, $release:path) => {

@@ -20,6 +20,7 @@ mod sctp;
 mod seen;
 mod support;
 mod talk;
+mod tools;
 mod traffic;
 mod transfers;
 mod tutorials;
@@ -50,6 +51,7 @@ fn main() {
         proxied::tests(),
         scale::tests(),
         seen::tests(),
+        tools::tests(),
     ];
     let trial = |test: support::Test| Trial::ignorable_test(test.name, test.run).with_ignored_flag(!root);
     libtest_mimic::run(&Arguments::from_args(), tests.into_iter().flatten().map(trial).collect()).exit();
