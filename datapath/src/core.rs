@@ -351,7 +351,7 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
                 dest::MASQ => rewrite(p, flow, d, true, hop),
                 dest::TUNNEL => Verdict::go(Stage::Tunnel, index),
                 dest::FULLNAT => {
-                    t.keep(flow);
+                    t.keep(&Flow { dest: index, ..*flow });
                     Verdict::go(Stage::Fullnat, hit.slot::<I>())
                 }
                 _ => drop(Reason::Internal),

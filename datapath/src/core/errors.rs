@@ -196,6 +196,7 @@ fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Rela
         part: Part::WHOLE,
         len: error.len,
         cookie: 0,
+        dest: index,
     };
     into_tunnel(p, t, &flow, index, Reason::ErrorIn)
 }
