@@ -20,9 +20,11 @@ mod sctp;
 mod seen;
 mod support;
 mod talk;
+mod talking;
 mod traffic;
 mod transfers;
 mod tutorials;
+mod upgraded;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -36,6 +38,7 @@ fn main() {
         tutorials::tests(),
         layouts::tests(),
         resized::tests(),
+        upgraded::tests(),
         restart::tests(),
         transfers::tests(),
         paths::tests(),
