@@ -74,8 +74,8 @@ pub struct Progress {
 /// Flows that are in both tables.
 #[derive(Default)]
 pub struct Batch {
-    v4: Vec<(Entry<[u64; 1]>, Carried<u32>)>,
-    v6: Vec<(Entry<[u64; 4]>, Carried<[u64; 2]>)>,
+    v4: Vec<Found<V4>>,
+    v6: Vec<Found<V6>>,
     /// A pass has ended that met flows and moved none: there is no hurry.
     pub idle: bool,
 }
@@ -252,6 +252,13 @@ impl Before {
             if let Some((shape, fd)) = flat.maps.iter().find(|(s, _)| s.name == *name) {
                 let mapping = raw::Mapping::new(fd.as_fd(), shape.bytes()? as usize);
                 old.copy_to(&mapping.map_err(failed(format!("map {name} into memory")))?);
+            }
+        }
+        if wanted.iter().any(|s| s.name == map::DEST_STATE) {
+            // Flows are counted as they are entered.
+            let states = flat.table::<abi::DestState>(map::DEST_STATE)?;
+            for dest in 0..states.len() {
+                states.set(dest, abi::DestState { active: 0, inactive: 0, ..states.get(dest)? })?;
             }
         }
         flat.table::<Config>(map::CONFIG)?.set(0, config)?;

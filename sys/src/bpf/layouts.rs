@@ -29,13 +29,15 @@ pub struct Layout {
     sides: [Row; 2],
 }
 
+/// A value of another layout, in our words.
+type Ours = fn(&[u64]) -> Vec<u64>;
+
 /// An array whose values are other than ours.
 struct Other {
     map: &'static str,
     /// 8-byte words of a value.
     words: usize,
-    /// A value as ours.
-    ours: fn(&[u64]) -> Vec<u64>,
+    ours: Ours,
 }
 
 /// A row of SIDE4 or SIDE6: how many words, and which of them we have as our first, second, ...
@@ -145,7 +147,7 @@ pub(super) struct Foreign {
     mapping: Mapping,
     words: usize,
     len: u32,
-    ours: Option<fn(&[u64]) -> Vec<u64>>,
+    ours: Option<Ours>,
 }
 
 impl Foreign {
