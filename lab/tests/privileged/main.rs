@@ -21,9 +21,11 @@ mod seen;
 mod support;
 mod talk;
 mod tools;
+mod talking;
 mod traffic;
 mod transfers;
 mod tutorials;
+mod upgraded;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -37,6 +39,7 @@ fn main() {
         tutorials::tests(),
         layouts::tests(),
         resized::tests(),
+        upgraded::tests(),
         restart::tests(),
         transfers::tests(),
         paths::tests(),
