@@ -1,18 +1,17 @@
 //! Fragments that come before the first one of their datagram, floods of those that never get one, and packets too large for their tunnel.
 
-use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6, sendto, socket,
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6, bind, sendto, socket,
 };
 use rvs_fixtures::frame::{Frame, UDP};
-use rvs_lab::eventually::patient;
 use rvs_lab::layouts::{Layout, Options};
-use rvs_lab::{Director, Hook, Lab, eventually};
+use rvs_lab::{Director, Hook, Lab, Verdicts, eventually, patient};
 
 use crate::support::{
     SOON, Test, TestResult, at, check, director, http, icmp_counter, lab_for, on_hooks, serve, test, vip,
@@ -42,10 +41,15 @@ struct Raw(OwnedFd);
 static ID: AtomicU32 = AtomicU32::new(1);
 
 impl Raw {
-    /// In the namespace of this thread.
-    fn open(ipv6: bool) -> TestResult<Raw> {
-        let family = if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-        Ok(Raw(socket(family, SockType::Raw, SockFlag::empty(), SockProtocol::Raw)?))
+    /// In the namespace of this thread. Routed as packets of this address are.
+    fn open(own: IpAddr) -> TestResult<Raw> {
+        let family = if own.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        let socket = socket(family, SockType::Raw, SockFlag::empty(), SockProtocol::Raw)?;
+        match own {
+            IpAddr::V4(own) => bind(socket.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(own, 0))),
+            IpAddr::V6(own) => bind(socket.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(own, 0, 0, 0))),
+        }?;
+        Ok(Raw(socket))
     }
 
     /// The packet of a frame.
@@ -168,7 +172,7 @@ fn with_server<T>(
         let echo = scope.spawn(|| -> TestResult { server.enter(|| echo(listens, cut, &over))? });
         let done = (|| {
             let (socket, raw) =
-                client.enter(|| -> TestResult<_> { Ok((UdpSocket::bind(own)?, Raw::open(own.is_ipv6())?)) })??;
+                client.enter(|| -> TestResult<_> { Ok((UdpSocket::bind(own)?, Raw::open(own.ip())?)) })??;
             socket.set_read_timeout(Some(patient(Duration::from_secs(1))))?;
             let own = socket.local_addr()?;
             let client = Client { socket, raw: &raw, own, service };
@@ -188,7 +192,7 @@ fn listens(lab: &Lab, service: SocketAddr, method: &str) -> TestResult<SocketAdd
 
 fn echo(listens: SocketAddr, cut: bool, over: &AtomicBool) -> TestResult {
     let socket = UdpSocket::bind(listens)?;
-    let raw = Raw::open(listens.is_ipv6())?;
+    let raw = Raw::open(listens.ip())?;
     socket.set_read_timeout(Some(Duration::from_millis(50)))?;
     let mut buffer = [0; 2 * LEN];
     while !over.load(Relaxed) {
@@ -257,7 +261,9 @@ fn too_large(hook: Hook) -> TestResult {
             with_server(&lab, service, "-i", false, |client| client.all(&what, Client::whole))?;
             let since = rvs.verdicts()?.since(&before);
             // Of the four fragments all but the last one are too large.
-            let enough = if ipv6 { since.of("too_big") > 0 } else { since.of("cut") >= u64::from(DATAGRAMS) * 2 };
+            // (A fragment's GRE is without checksum: with what the client knows by then it fits.)
+            let told = since.of("too_big") > 0 || !kind.is_empty();
+            let enough = if ipv6 { told } else { since.of("cut") >= u64::from(DATAGRAMS) * 2 };
             check(enough && since.of("held_lost") == 0, || format!("{what}: {DATAGRAMS} datagrams, and {since}"))?;
             rvs.ipvsadm(&format!("-D -u {service}"))?;
         }
@@ -311,7 +317,7 @@ fn flooded(hook: Hook) -> TestResult {
             100.0 * share
         );
         check(resident <= GROWN_KIB, || format!("rvsd has {resident} KiB more; {since}"))?;
-        let gone = |s: &rvs_lab::director::Verdicts| s.of("fragment_lost") + s.of("fragment_flood");
+        let gone = |s: &Verdicts| s.of("fragment_lost") + s.of("fragment_flood");
         check(gone(&since) > FRAGMENTS / 2, || format!("{FRAGMENTS} lone fragments, and {since}"))?;
         // What waits is given up after three seconds: all that was held is gone then, but for what was honest.
         eventually("what was held to be given up", SOON, || {
@@ -327,7 +333,7 @@ fn flooded(hook: Hook) -> TestResult {
 fn flood(to: IpAddr, over: &AtomicBool, sent: &AtomicU64) -> TestResult {
     let nobody: SocketAddr = "10.0.0.0:0".parse()?;
     let mut frame = Frame::new(UDP, nobody, SocketAddr::new(to, 0)).fragment(0, 1480, true, &[7; 200]);
-    let raw = Raw::open(to.is_ipv6())?;
+    let raw = Raw::open(Ipv4Addr::UNSPECIFIED.into())?;
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     while !over.load(Relaxed) {
         random ^= random << 13;
