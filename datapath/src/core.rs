@@ -26,7 +26,6 @@ use crate::conn::{self, Conns, HitOf};
 use crate::cookie;
 use crate::ct::{self, Found, V4, V6};
 use crate::far::{Extras, Far};
-use crate::frag;
 use crate::fullnat;
 use crate::icmp::{Answer, Error};
 use crate::limits;
@@ -682,14 +681,7 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     let p = &mut far;
     let c = I::conns(t);
     if flow.part.is_later() {
-        let frag::Found::Note(note) = t.find_note(&fragments::datagram(&flow)) else { return None };
-        if note.kind != frag::Kind::Reply || flow.part.at() < note.end {
-            return None;
-        }
-        t.count_out(note.dest, flow.len);
-        let from = I::from_pair(note.source);
-        let done = xmit::translate_any::<I, _>(p, &flow, End::Source, from, 0, false);
-        return Some(if done { Verdict::new(Action::Up, Reason::MasqReply) } else { drop(Reason::Internal) });
+        return fragments::leave(p, t, &flow);
     }
     let Found::Live(reverse) = ct::lookup::<I, _>(c.table(), &flow.key) else { return None };
     if reverse.control & ct::REVERSE == 0 {

@@ -6,6 +6,7 @@
 mod bad_input;
 mod defence;
 mod devices;
+mod early;
 mod flooded;
 mod fragments;
 mod layouts;
@@ -47,6 +48,7 @@ fn main() {
         traffic::tests(),
         flooded::tests(),
         fragments::tests(),
+        early::tests(),
         sctp::tests(),
         bad_input::tests(),
         defence::tests(),
