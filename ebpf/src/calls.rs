@@ -41,7 +41,7 @@ pub struct Scratch<F: Family> {
 #[derive(Clone, Copy)]
 struct Kept<W> {
     key: Key<W>,
-    /// `len:32 | by / 4:8 | 0:6 | sctp:1 | tcp:1 | flags:8 | ttl:8`
+    /// `len:32 | by / 4:8 | 0:5 | error:1 | sctp:1 | tcp:1 | flags:8 | ttl:8`
     rest: u64,
     part: u64,
     cookie: u64,
@@ -64,7 +64,7 @@ fn scratch<I: Ip>() -> *mut Scratch<I> {
 /// For the further stages of this packet.
 #[inline(always)]
 pub fn keep<I: Ip>(flow: &Flow<I>) {
-    let head = (flow.by as u64 / 4) << 24 | (flow.sctp as u64) << 17 | (flow.tcp as u64) << 16;
+    let head = (flow.by as u64 / 4) << 24 | (flow.error as u64) << 18 | (flow.sctp as u64) << 17 | (flow.tcp as u64) << 16;
     let rest = (flow.len as u64) << 32 | head | (flow.flags as u64) << 8 | flow.ttl as u64;
     // SAFETY: this CPU's own memory, see above.
     unsafe {
@@ -85,6 +85,7 @@ pub fn kept<I: Ip>() -> Flow<I> {
         part: Part::from_word(part),
         len: (rest >> 32) as u32,
         cookie: cookie as u32,
+        error: rest >> 18 & 1 != 0,
     }
 }
 
