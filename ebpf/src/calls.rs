@@ -64,7 +64,8 @@ fn scratch<I: Ip>() -> *mut Scratch<I> {
 /// For the further stages of this packet.
 #[inline(always)]
 pub fn keep<I: Ip>(flow: &Flow<I>) {
-    let head = (flow.by as u64 / 4) << 24 | (flow.error as u64) << 18 | (flow.sctp as u64) << 17 | (flow.tcp as u64) << 16;
+    let head =
+        (flow.by as u64 / 4) << 24 | (flow.error as u64) << 18 | (flow.sctp as u64) << 17 | (flow.tcp as u64) << 16;
     let rest = (flow.len as u64) << 32 | head | (flow.flags as u64) << 8 | flow.ttl as u64;
     // SAFETY: this CPU's own memory, see above.
     unsafe {
