@@ -91,7 +91,7 @@ pub mod map {
     /// Ring buffer of [`super::Traced`], each followed by the first bytes of its packet. It is not pinned: each load of the programs
     /// has one of its own.
     pub const TRACE_RING: &str = "TRACE_RING";
-    /// HASH [`super::ServiceKey`] of which only address and family count -> u64: bits [`super::watched`].
+    /// HASH [`super::ServiceKey`] -> u64: bits [`super::watched`]. Of addresses as such, port and protocol are 0.
     pub const WATCHED: &str = "WATCHED";
     /// [`super::Taker`], one entry.
     pub const TAKER: &str = "TAKER";
@@ -137,6 +137,10 @@ pub mod config {
     /// TCP and SCTP connections begin with any packet.
     pub const SLOPPY_TCP: u32 = 4;
     pub const SLOPPY_SCTP: u32 = 8;
+    /// ICMP errors about no connection begin one.
+    pub const SCHEDULE_ICMP: u32 = 16;
+    /// A real server (NAT) is told that what it has sent is of no connection.
+    pub const NAT_ICMP_SEND: u32 = 32;
     /// These tables are being left for others: their programs see to the flows that they know, and begin none.
     pub const ELDER: u32 = crate::elder::ELDER;
 }
@@ -541,6 +545,8 @@ pub mod watched {
     pub const DESTINATION: u64 = 1;
     /// What comes from it may be: it is a real server whose replies go by us.
     pub const SOURCE: u64 = 2;
+    /// With a port and a protocol: there is a real server by NAT, whose dest the high half is.
+    pub const SERVER: u64 = 4;
 }
 /// Addresses that can be watched.
 pub const WATCHED_MAX: u32 = 1 << 17;

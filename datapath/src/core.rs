@@ -179,7 +179,10 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
     }
     match parse_far::<I, P>(p) {
         Ok((mut far, flow)) => follow(&mut far, t, &Flow { cookie, ..flow }, stage, number),
-        Err(verdict) => verdict,
+        Err(verdict) => match errors::kept::<I, P, T>(p, t, stage) {
+            Some(flow) => follow(&mut Far::<I, P>::new(p, 0), t, &flow, stage, number),
+            None => verdict,
+        },
     }
 }
 
@@ -201,15 +204,16 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::Far => whole(p, t, flow, stage),
         Stage::FarReply => reply_apart(p, t, flow),
         Stage::Fragment => fragments::later(p, t, flow),
+        Stage::Reject => errors::reject(p, t, flow),
         Stage::Early => fragments::early(t, flow),
         Stage::Elsewhere => fragments::elsewhere(t, flow, number),
         Stage::Retire => retire(t, flow),
         Stage::Linked => linked(p, t, flow, number),
         Stage::Forward | Stage::Anew => forward(p, t, flow, number),
         Stage::Tunnel => into_tunnel(p, t, flow, number, Reason::Tunnel),
-        Stage::TimeExceeded => error(p, t, flow, Error::TimeExceeded, 0),
-        Stage::PortUnreachable => error(p, t, flow, Error::PortUnreachable, 0),
-        Stage::TooBig => error(p, t, flow, Error::TooBig, number),
+        Stage::TimeExceeded => errors::answer(p, t, flow, Error::TimeExceeded, 0),
+        Stage::PortUnreachable => errors::answer(p, t, flow, Error::PortUnreachable, 0),
+        Stage::TooBig => errors::answer(p, t, flow, Error::TooBig, number),
         Stage::Challenge => cookie::challenge(p, t, flow, number),
         Stage::Knock => cookie::knock(p, t, flow, number),
         Stage::Fullnat => fullnat::request(p, t, flow, number),
@@ -432,13 +436,18 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
         protocol: flow.protocol(),
         family: I::FAMILY,
     };
-    let Some(index) = t.service_index(&key) else { return pass(Reason::NoService) };
+    let Some(index) = t.service_index(&key) else { return errors::no_service(t, flow) };
     let Some(s) = t.service(index) else { return drop(Reason::Internal) };
     if s.flags & (service::LOCAL | service::NONLOCAL) == 0 {
         return pass(Reason::NotLocal);
     }
-    // tcp_conn_schedule: a RST never, anything else only with SYN; sctp_conn_schedule: INIT.
-    if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN || flow.sctp && flow.flags != sctp::INIT {
+    // tcp_conn_schedule: a RST never, anything else only with SYN; sctp_conn_schedule: INIT. Of an error that is not asked.
+    if flow.error {
+        if flow.tcp && s.cookies != 0 {
+            // Nobody has proved anything by it.
+            return pass(Reason::Icmp);
+        }
+    } else if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN || flow.sctp && flow.flags != sctp::INIT {
         let sloppy = if flow.tcp { config::SLOPPY_TCP } else { config::SLOPPY_SCTP };
         let proves = flow.tcp && s.asks() && flow.flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK;
         if proves {
@@ -463,6 +472,7 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     }
     match sched::pick(t, index, s, flow) {
         Some(dest) => Verdict::go(Stage::Enter, dest),
+        None if flow.error => drop(Reason::NoDestLimited),
         None => Verdict::go(Stage::PortUnreachable, 0),
     }
 }
@@ -473,8 +483,10 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     let Some(d) = t.dest(dest) else { return drop(Reason::Internal) };
     let lent = d.lends();
     let linked = is_nat(d) || lent;
-    // In the state that this packet, its first, puts it in.
-    let state = if flow.sctp {
+    // In the state that this packet, its first, puts it in. An error puts it in none.
+    let state = if flow.error {
+        tcp::NONE
+    } else if flow.sctp {
         sctp::next(sctp::NONE, flow.flags, way(linked))
     } else if flow.tcp {
         tcp::next(tcp::NONE, flow.flags, way(linked), has(t, config::SECURE_TCP))
@@ -488,6 +500,9 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
             return Verdict::go(if lent { Stage::Lend } else { Stage::Link }, done.slot());
         }
         t.count_connection(dest);
+        if flow.error {
+            return Verdict::go(Stage::Related, 0);
+        }
         // A first fragment goes as one of a known flow now, and leaves a note.
         return if flow.part.is_first() { Verdict::go(Stage::Far, 0) } else { Verdict::go(Stage::Forward, dest) };
     }
@@ -512,6 +527,9 @@ fn link<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdic
 fn linked<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
     let Some(dest) = conn::dest_at::<I, _>(I::conns(t), &flow.key, place) else { return Verdict::go(Stage::Whole, 0) };
     t.count_connection(dest);
+    if flow.error {
+        return Verdict::go(Stage::Related, 0);
+    }
     if flow.part.is_first() { Verdict::go(Stage::Far, 0) } else { forward(p, t, flow, dest) }
 }
 
@@ -700,25 +718,4 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
         return Some(drop(Reason::Internal));
     }
     Some(Verdict::new(Action::Up, Reason::MasqReply))
-}
-
-/// Answer the client with an ICMP error about this packet.
-#[inline(always)]
-fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, error: Error, mtu: u32) -> Verdict {
-    let (sent, limited) = match error {
-        Error::TimeExceeded => (Reason::TtlExceeded, Reason::TtlLimited),
-        Error::PortUnreachable => (Reason::NoDest, Reason::NoDestLimited),
-        Error::TooBig | Error::Said(_) => (Reason::SentTooBig, Reason::TooBigLimited),
-    };
-    if !t.may_send_icmp() {
-        return drop(limited);
-    }
-    // The IP id only tells fragments apart; the error is never fragmented.
-    if !I::answer(p, error, mtu, flow.key.sport()) {
-        return drop(limited);
-    }
-    // By the VLAN device that it came in by, with its tag.
-    let iface = t.iface(p.ifindex());
-    let tagged = iface.ifindex == p.ifindex() && iface.lower != 0;
-    Verdict::new(if tagged { Action::Out(iface.ifindex | hop::VLAN) } else { Action::Back }, sent)
 }

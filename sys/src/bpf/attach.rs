@@ -204,6 +204,7 @@ impl Dataplane {
         let _ = tc::qdisc_add_clsact(port.name);
         let path = filter_pin(&self.dir, port.name, hook);
         make_folder(&path)?;
+        let (known, renamed) = (path.exists(), self.gone(hook)?);
         let program = self.tc(hook.program())?;
         let there =
             SchedClassifierLink::attached(port.name, direction, PRIORITY, HANDLE, None).map_err(failed(at()))?;
@@ -221,7 +222,16 @@ impl Dataplane {
         std::mem::forget(program.take_link(id).map_err(failed(at()))?);
         let _ = std::fs::remove_file(&path);
         program.pin(&path).map_err(failed(format!("pin {}", path.display())))?;
+        if let (Done::Replaced, false, Some(before)) = (done, known, renamed) {
+            std::fs::remove_file(&before).map_err(failed(format!("remove {}", before.display())))?;
+        }
         Ok(done)
+    }
+
+    /// The pin of a filter of this hook whose interface has another name now, or is gone. (Of several such, any: they are filters of one program.)
+    fn gone(&self, hook: Hook) -> Result<Option<PathBuf>> {
+        let all = pins(&self.dir.join("filters"))?;
+        Ok(all.into_iter().find(|(_, name, at)| *at == hook && ifindex_of(name) == 0).map(|(path, _, _)| path))
     }
 
     /// A tc program by name, loaded if it was not.
