@@ -83,7 +83,11 @@ pub fn hand(from: From, datagram: Option<&frag::Key>, ifindex: u32, room: u32) -
             return false;
         }
         let (record, size) = (&raw mut (*at).head as *mut c_void, size_of::<Handed>() as u64 + n);
-        let ring = if datagram.is_some() { &raw const EARLY_RING as *mut c_void } else { &raw const LARGE_RING as *mut c_void };
+        let ring = if datagram.is_some() {
+            &raw const EARLY_RING as *mut c_void
+        } else {
+            &raw const LARGE_RING as *mut c_void
+        };
         bpf_ringbuf_output(ring, record, size, 0) == 0
     }
 }

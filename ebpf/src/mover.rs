@@ -126,8 +126,28 @@ macro_rules! enter {
         }
     };
 }
-enter!(rvs_enter4, enter_step4, move_update4, move_forward4, move_restore4, move_link4, move_make_way4, move_give_up4, V4);
-enter!(rvs_enter6, enter_step6, move_update6, move_forward6, move_restore6, move_link6, move_make_way6, move_give_up6, V6);
+enter!(
+    rvs_enter4,
+    enter_step4,
+    move_update4,
+    move_forward4,
+    move_restore4,
+    move_link4,
+    move_make_way4,
+    move_give_up4,
+    V4
+);
+enter!(
+    rvs_enter6,
+    enter_step6,
+    move_update6,
+    move_forward6,
+    move_restore6,
+    move_link6,
+    move_make_way6,
+    move_give_up6,
+    V6
+);
 
 /// Free all entries of [`Leaves`] that are as they were read.
 #[xdp]

@@ -4,8 +4,8 @@
 use ::core::arch::asm;
 use ::core::hint::cold_path;
 use rvs_datapath::core;
-use rvs_datapath::elder::NOT_MINE;
 use rvs_datapath::ct::{V4, V6};
+use rvs_datapath::elder::NOT_MINE;
 use rvs_datapath::verdict::{Reason, Stage, Verdict, drop};
 
 use crate::calls;
@@ -21,9 +21,9 @@ macro_rules! call {
         rvs_datapath::verdict::Verdict::from_word(match $stage {
             Stage::Whole => $whole,
             Stage::First => $crate::stages::or_elder($elder($ctx), || $crate::stages::$first()),
-            Stage::Stranger => $crate::stages::or_elder($elder($ctx), || {
-                rvs_datapath::verdict::Verdict::passed($number).word()
-            }),
+            Stage::Stranger => {
+                $crate::stages::or_elder($elder($ctx), || rvs_datapath::verdict::Verdict::passed($number).word())
+            }
             Stage::Enter => $crate::stages::$enter($number),
             Stage::Link => $crate::stages::$link($number),
             Stage::Lend => $crate::stages::$lend($number),
