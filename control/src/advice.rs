@@ -41,6 +41,9 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         }
         Reason::NoLocalAddress | Reason::NoLocalPort => "give the service (more) local addresses: ipvsadm -P",
         Reason::Entering => "ask again",
+        Reason::ServerTold | Reason::ServerToldLimited => {
+            "its connection has timed out, or it begins ones of its own from a virtual service's port: rvs set nat_icmp_send"
+        }
         Reason::NoService => "see ipvsadm -Ln for the services' addresses, ports and protocols",
         Reason::NotLocal => {
             "on a backup director this is normal; else give the address to this host: ip addr add VIP/32 dev ..."

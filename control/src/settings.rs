@@ -20,6 +20,8 @@ const AMEMTHRESH: usize = 3;
 const AM_DROPRATE: usize = 4;
 const SLOPPY_TCP: usize = 5;
 const SLOPPY_SCTP: usize = 6;
+const SCHEDULE_ICMP: usize = 7;
+const NAT_ICMP_SEND: usize = 8;
 
 const fn mode(name: &'static str, text: &'static str) -> Setting {
     Setting { name, default: 0, most: 3, text }
@@ -32,7 +34,7 @@ const fn number(name: &'static str, default: u32, text: &'static str) -> Setting
 }
 
 /// All of them. The order is that of the map: new ones come last.
-pub const ALL: [Setting; 7] = [
+pub const ALL: [Setting; 9] = [
     mode(
         "drop_entry",
         "take half-open and idle connections out of the table: 0 never, 1 while memory is short (2: it is), 3 always",
@@ -46,6 +48,8 @@ pub const ALL: [Setting; 7] = [
     number("am_droprate", 10, "of how many new connections drop_packet 3 drops one"),
     switch("sloppy_tcp", "1: a TCP connection may begin with any packet but a RST"),
     switch("sloppy_sctp", "1: an SCTP connection may begin with any chunk"),
+    switch("schedule_icmp", "1: an ICMP error about no connection begins one, with whichever real server is next"),
+    switch("nat_icmp_send", "1: a real server (NAT) that sends a packet of no connection is told: port unreachable"),
 ];
 const _: () = assert!(ALL.len() <= SETTINGS_MAX);
 
@@ -153,7 +157,9 @@ impl Settings {
             flags: flag(on(DROP_ENTRY), config::DROP_ENTRY)
                 | flag(on(SECURE_TCP), config::SECURE_TCP)
                 | flag(self.values[SLOPPY_TCP] != 0, config::SLOPPY_TCP)
-                | flag(self.values[SLOPPY_SCTP] != 0, config::SLOPPY_SCTP),
+                | flag(self.values[SLOPPY_SCTP] != 0, config::SLOPPY_SCTP)
+                | flag(self.values[SCHEDULE_ICMP] != 0, config::SCHEDULE_ICMP)
+                | flag(self.values[NAT_ICMP_SEND] != 0, config::NAT_ICMP_SEND),
             drop_rate,
         }
     }

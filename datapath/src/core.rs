@@ -14,10 +14,14 @@
 
 mod errors;
 mod fragments;
+mod wrapped;
+
+use wrapped::into_tunnel;
+pub use wrapped::tunnelled;
 
 use ::core::hint::cold_path;
 
-use crate::abi::{Address, Dest, Hop, Iface, ServiceKey, Tunnel, config, dest, hop, service};
+use crate::abi::{Dest, Hop, Iface, ServiceKey, config, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::cookie;
 use crate::ct::{self, Found, V4, V6};
@@ -31,7 +35,6 @@ use crate::proto::{Way, sctp, tcp};
 use crate::proxy;
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
-use crate::tunnel;
 use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
 use crate::vlan::{self, Tags};
 use crate::xmit::{self, End};
@@ -176,7 +179,10 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
     }
     match parse_far::<I, P>(p) {
         Ok((mut far, flow)) => follow(&mut far, t, &Flow { cookie, ..flow }, stage, number),
-        Err(verdict) => verdict,
+        Err(verdict) => match errors::kept::<I, P, T>(p, t, stage) {
+            Some(flow) => follow(&mut Far::<I, P>::new(p, 0), t, &flow, stage, number),
+            None => verdict,
+        },
     }
 }
 
@@ -198,15 +204,16 @@ fn follow<I: Of<T> + Answer, P: Packet, T: Tables>(
         Stage::Far => whole(p, t, flow, stage),
         Stage::FarReply => reply_apart(p, t, flow),
         Stage::Fragment => fragments::later(p, t, flow),
+        Stage::Reject => errors::reject(p, t, flow),
         Stage::Early => fragments::early(t, flow),
         Stage::Elsewhere => fragments::elsewhere(t, flow, number),
         Stage::Retire => retire(t, flow),
         Stage::Linked => linked(p, t, flow, number),
         Stage::Forward | Stage::Anew => forward(p, t, flow, number),
         Stage::Tunnel => into_tunnel(p, t, flow, number, Reason::Tunnel),
-        Stage::TimeExceeded => error(p, t, flow, Error::TimeExceeded, 0),
-        Stage::PortUnreachable => error(p, t, flow, Error::PortUnreachable, 0),
-        Stage::TooBig => error(p, t, flow, Error::TooBig, number),
+        Stage::TimeExceeded => errors::answer(p, t, flow, Error::TimeExceeded, 0),
+        Stage::PortUnreachable => errors::answer(p, t, flow, Error::PortUnreachable, 0),
+        Stage::TooBig => errors::answer(p, t, flow, Error::TooBig, number),
         Stage::Challenge => cookie::challenge(p, t, flow, number),
         Stage::Knock => cookie::knock(p, t, flow, number),
         Stage::Fullnat => fullnat::request(p, t, flow, number),
@@ -350,7 +357,7 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
                 dest::MASQ => rewrite(p, flow, d, true, hop),
                 dest::TUNNEL => Verdict::go(Stage::Tunnel, index),
                 dest::FULLNAT => {
-                    t.keep(flow);
+                    t.keep(&Flow { dest: index, ..*flow });
                     Verdict::go(Stage::Fullnat, hit.slot::<I>())
                 }
                 _ => drop(Reason::Internal),
@@ -429,13 +436,18 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
         protocol: flow.protocol(),
         family: I::FAMILY,
     };
-    let Some(index) = t.service_index(&key) else { return pass(Reason::NoService) };
+    let Some(index) = t.service_index(&key) else { return errors::no_service(t, flow) };
     let Some(s) = t.service(index) else { return drop(Reason::Internal) };
     if s.flags & (service::LOCAL | service::NONLOCAL) == 0 {
         return pass(Reason::NotLocal);
     }
-    // tcp_conn_schedule: a RST never, anything else only with SYN; sctp_conn_schedule: INIT.
-    if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN || flow.sctp && flow.flags != sctp::INIT {
+    // tcp_conn_schedule: a RST never, anything else only with SYN; sctp_conn_schedule: INIT. Of an error that is not asked.
+    if flow.error {
+        if flow.tcp && s.cookies != 0 {
+            // Nobody has proved anything by it.
+            return pass(Reason::Icmp);
+        }
+    } else if flow.tcp && flow.flags & (tcp::SYN | tcp::RST) != tcp::SYN || flow.sctp && flow.flags != sctp::INIT {
         let sloppy = if flow.tcp { config::SLOPPY_TCP } else { config::SLOPPY_SCTP };
         let proves = flow.tcp && s.asks() && flow.flags & (tcp::SYN | tcp::RST | tcp::ACK) == tcp::ACK;
         if proves {
@@ -460,6 +472,7 @@ fn first<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     }
     match sched::pick(t, index, s, flow) {
         Some(dest) => Verdict::go(Stage::Enter, dest),
+        None if flow.error => drop(Reason::NoDestLimited),
         None => Verdict::go(Stage::PortUnreachable, 0),
     }
 }
@@ -470,8 +483,10 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
     let Some(d) = t.dest(dest) else { return drop(Reason::Internal) };
     let lent = d.lends();
     let linked = is_nat(d) || lent;
-    // In the state that this packet, its first, puts it in.
-    let state = if flow.sctp {
+    // In the state that this packet, its first, puts it in. An error puts it in none.
+    let state = if flow.error {
+        tcp::NONE
+    } else if flow.sctp {
         sctp::next(sctp::NONE, flow.flags, way(linked))
     } else if flow.tcp {
         tcp::next(tcp::NONE, flow.flags, way(linked), has(t, config::SECURE_TCP))
@@ -485,6 +500,9 @@ fn enter<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, dest: u32) -> Verdict {
             return Verdict::go(if lent { Stage::Lend } else { Stage::Link }, done.slot());
         }
         t.count_connection(dest);
+        if flow.error {
+            return Verdict::go(Stage::Related, 0);
+        }
         // A first fragment goes as one of a known flow now, and leaves a note.
         return if flow.part.is_first() { Verdict::go(Stage::Far, 0) } else { Verdict::go(Stage::Forward, dest) };
     }
@@ -509,6 +527,9 @@ fn link<I: Ip, C: Conns<I>>(c: &C, flow: &Flow<I>, place: conn::Place) -> Verdic
 fn linked<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, place: conn::Place) -> Verdict {
     let Some(dest) = conn::dest_at::<I, _>(I::conns(t), &flow.key, place) else { return Verdict::go(Stage::Whole, 0) };
     t.count_connection(dest);
+    if flow.error {
+        return Verdict::go(Stage::Related, 0);
+    }
     if flow.part.is_first() { Verdict::go(Stage::Far, 0) } else { forward(p, t, flow, dest) }
 }
 
@@ -591,82 +612,6 @@ fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, ind
         Route::NoNeighbour => drop(Reason::NoNeighbour),
         _ => drop(Reason::NoRoute),
     }
-}
-
-/// In a tunnel to the dest, of whichever family.
-#[inline(always)]
-fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32, reason: Reason) -> Verdict {
-    let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
-    if d.out as u32 & dest::V6 != 0 {
-        wrap::<I, V6, P, T>(p, t, flow, index, reason)
-    } else {
-        wrap::<I, V4, P, T>(p, t, flow, index, reason)
-    }
-}
-
-#[inline(always)]
-fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32, reason: Reason) -> Verdict {
-    let (Some(d), Some(by)) = (t.dest(index), t.tunnel(index)) else { return drop(Reason::Internal) };
-    let (source, to) = (O::from_address(&by.source), O::from_address(&d.address));
-    if source == O::Addr::default() {
-        // The way is not known yet, and so not by which of our addresses.
-        return drop(Reason::NoRoute);
-    }
-    let mut by = *by;
-    let unsummed = I::FAMILY == 6 && flow.by != 0 || !flow.part.is_whole() || flow.sctp;
-    if !t.sized() || reason != Reason::Tunnel || unsummed {
-        // Whoever cuts it into segments would not make an outer checksum of each; and nothing makes up for the sum of extension headers, of a
-        // part of a datagram, or of SCTP, whose checksum is no sum.
-        by.flags = 0;
-    }
-    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
-    let mut mtu = u32::from(d.mtu);
-    if hop.ifindex == 0 {
-        match t.route::<O>([source, to], O::TUNNELLED, 0, &mut hop) {
-            Route::Hop => mtu = 0,
-            Route::NoNeighbour => return drop(Reason::NoNeighbour),
-            _ => return drop(Reason::NoRoute),
-        }
-    }
-    if !t.sized() {
-        // (It is of segments, which fit.)
-        mtu = u32::MAX;
-    }
-    let to = d.address;
-    match tunnelled::<I, O, P>(p, flow, &by, &to, &hop, mtu, reason) {
-        Ok(verdict) => verdict,
-        Err(_) if reason != Reason::Tunnel => drop(Reason::TooBig),
-        Err(room) if !I::may_fragment(p) => Verdict::go(Stage::TooBig, room),
-        Err(room) if t.takes() => {
-            // Its parts come by here again, and are counted then.
-            t.uncount_in(index, flow.len);
-            Verdict::go(Stage::Large, room)
-        }
-        Err(_) => drop(Reason::TooBig),
-    }
-}
-
-/// The same to a next hop that is known. `Err`: how large it may be at most, as it came.
-#[inline(always)]
-pub fn tunnelled<I: Ip, O: Ip, P: Packet>(
-    p: &mut P,
-    flow: &Flow<I>,
-    by: &Tunnel,
-    to: &Address,
-    hop: &Hop,
-    mtu: u32,
-    reason: Reason,
-) -> Result<Verdict, u32> {
-    // As large as an Ethernet frame, where nobody says otherwise.
-    let (mtu, overhead) = (if mtu == 0 { 1500 } else { mtu }, tunnel::overhead::<O>(by));
-    if flow.len + overhead > mtu {
-        return Err(mtu.saturating_sub(overhead));
-    }
-    if !tunnel::wrap::<I, O, P>(p, flow, by, to, hop) {
-        return Ok(drop(Reason::Internal));
-    }
-    let back = hop.ifindex == p.ifindex();
-    Ok(Verdict::new(if back { Action::Back } else { Action::Out(hop.ifindex) }, reason))
 }
 
 /// The real server is this host: up, translated if it listens elsewhere.
@@ -773,25 +718,4 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
         return Some(drop(Reason::Internal));
     }
     Some(Verdict::new(Action::Up, Reason::MasqReply))
-}
-
-/// Answer the client with an ICMP error about this packet.
-#[inline(always)]
-fn error<I: Ip + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, error: Error, mtu: u32) -> Verdict {
-    let (sent, limited) = match error {
-        Error::TimeExceeded => (Reason::TtlExceeded, Reason::TtlLimited),
-        Error::PortUnreachable => (Reason::NoDest, Reason::NoDestLimited),
-        Error::TooBig | Error::Said(_) => (Reason::SentTooBig, Reason::TooBigLimited),
-    };
-    if !t.may_send_icmp() {
-        return drop(limited);
-    }
-    // The IP id only tells fragments apart; the error is never fragmented.
-    if !I::answer(p, error, mtu, flow.key.sport()) {
-        return drop(limited);
-    }
-    // By the VLAN device that it came in by, with its tag.
-    let iface = t.iface(p.ifindex());
-    let tagged = iface.ifindex == p.ifindex() && iface.lower != 0;
-    Verdict::new(if tagged { Action::Out(iface.ifindex | hop::VLAN) } else { Action::Back }, sent)
 }

@@ -8,8 +8,8 @@ use crate::xmit::swapped_macs;
 
 /// The packet becomes this error about itself. False: it can't (too short, no room in front).
 pub trait Answer: Ip {
-    /// `mtu`: for [`Error::TooBig`].
-    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, id: u16) -> bool;
+    /// `mtu`: for [`Error::TooBig`]; `from`: in the place of the address that the packet was for.
+    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, id: u16, from: Option<Self::Addr>) -> bool;
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -78,15 +78,16 @@ fn ethernet(w: &mut impl Window, macs: [u32; 3], ethertype: u16) {
 
 impl Answer for V4 {
     #[inline(always)]
-    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, id: u16) -> bool {
+    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, id: u16, from: Option<Self::Addr>) -> bool {
         let Some(ends) = ends::<V4, P>(p) else { return false };
+        let own = from.unwrap_or(ends.vip);
         let Some((quoted, sum)) = quote::<V4, P>(p, QUOTE4) else { return false };
         let Some(mut w) = p.window(L3 + 28) else { return false };
         ethernet(&mut w, ends.macs, 0x0800);
         // TOS as icmp_send: the packet's own, with precedence "internetwork control".
         let tos = ends.tos & 0x1e | 0xc0;
         let header = [0x4500 | tos, 28 + quoted as u16, id, 0, TTL << 8 | 1, 0];
-        let mut header_sum = u64::from(ends.vip) + u64::from(ends.client);
+        let mut header_sum = u64::from(own) + u64::from(ends.client);
         let mut i = 0;
         while i < header.len() {
             let word = header[i].to_be();
@@ -95,7 +96,7 @@ impl Answer for V4 {
             i += 1;
         }
         w.w16(L3 + 10, !csum::fold(header_sum));
-        V4::set_address(&mut w, V4::SOURCE, ends.vip);
+        V4::set_address(&mut w, V4::SOURCE, own);
         V4::set_address(&mut w, V4::DESTINATION, ends.client);
         let type_code: u16 = match error {
             Error::TimeExceeded => 11 << 8,
@@ -113,8 +114,9 @@ impl Answer for V4 {
 
 impl Answer for V6 {
     #[inline(always)]
-    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, _: u16) -> bool {
+    fn answer<P: Packet>(p: &mut P, error: Error, mtu: u32, _: u16, from: Option<Self::Addr>) -> bool {
         let Some(ends) = ends::<V6, P>(p) else { return false };
+        let own = from.unwrap_or(ends.vip);
         let Some((quoted, sum)) = quote::<V6, P>(p, QUOTE6) else { return false };
         let Some(mut w) = p.window(L3 + 48) else { return false };
         ethernet(&mut w, ends.macs, 0x86dd);
@@ -122,7 +124,7 @@ impl Answer for V6 {
         w.w32(L3, 0x6000_0000u32.to_be());
         w.w16(L3 + 4, len.to_be());
         w.w16(L3 + 6, (58 << 8 | TTL).to_be());
-        V6::set_address(&mut w, V6::SOURCE, ends.vip);
+        V6::set_address(&mut w, V6::SOURCE, own);
         V6::set_address(&mut w, V6::DESTINATION, ends.client);
         let type_code: u16 = match error {
             Error::TimeExceeded => 3 << 8,
@@ -131,7 +133,7 @@ impl Answer for V6 {
             Error::Said(said) => said,
         };
         let mtu = mtu.to_be();
-        let pseudo = V6::sum(ends.vip) + V6::sum(ends.client) + u64::from(len.to_be()) + u64::from(58u16.to_be());
+        let pseudo = V6::sum(own) + V6::sum(ends.client) + u64::from(len.to_be()) + u64::from(58u16.to_be());
         w.w16(V6::L4, type_code.to_be());
         let rest = u64::from(type_code.to_be()) + u64::from(mtu);
         w.w16(V6::L4 + 2, !csum::fold(u64::from(csum::fold(sum)) + pseudo + rest));

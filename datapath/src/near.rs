@@ -52,6 +52,8 @@ pub fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, index: u32) ->
         part: Part::WHOLE,
         len,
         cookie: 0,
+        dest: index,
+        error: false,
     };
     let mtu = u32::from(d.mtu);
     let as_a = |kind| Tunnel { kind, flags: 0, ..*by };

@@ -72,6 +72,8 @@ pub trait Tables {
 
     /// Bits [`crate::abi::watched`] of an address: may fragments to it, or from it, be ours?
     fn watched<I: Ip>(&self, address: I::Addr) -> u64;
+    /// The dest of a real server by NAT that is there.
+    fn server<I: Ip>(&self, address: I::Addr, port: u16, protocol: u8) -> Option<u32>;
     /// Is there a daemon that takes what it is handed?
     fn takes(&self) -> bool;
     /// Hand the packet over, as it is: a fragment of this datagram that came too early, or (`None`) one to be cut into parts of up to `room` bytes.

@@ -90,6 +90,8 @@ pub enum Stage {
     Elsewhere = 33,
     /// Too large for a tunnel, and to be cut: its parts may have as many bytes as the number says.
     Large = 34,
+    /// For no service, and perhaps from a real server that is to be told so (`nat_icmp_send`).
+    Reject = 35,
 }
 
 /// One word, so that it stays in a register: `ifindex:32 | 0:15 | resolve:1 | action:8 | reason:8`, or, if the packet goes on, which its
@@ -200,6 +202,7 @@ impl Verdict {
             32 => Stage::Early,
             33 => Stage::Elsewhere,
             34 => Stage::Large,
+            35 => Stage::Reject,
             _ => Stage::FarReply,
         };
         Some((stage, (self.0 >> 16) as u32))
@@ -294,6 +297,7 @@ reasons! {
     SentTooBig "too_big" Answer "too large for the tunnel: fragmentation needed, or packet too big, sent to the client";
     Cookie "syn_cookie" Answer "a SYN answered with a cookie: its client is to prove its address first";
     CookieServer "syn_cookie_server" Answer "a real server answered in its client's place: an ACK where the client has nothing to say yet, or a RST of an older connection";
+    ServerTold "server_told" Answer "a packet of no connection from a real server by NAT: port unreachable sent to it (nat_icmp_send)";
     NotIp "not_ip" Pass "not IPv4 or IPv6";
     OtherMac "other_mac" Pass "not for this interface's MAC address";
     OtherInterface "other_interface" Pass "interface not in the configuration";
@@ -335,7 +339,8 @@ reasons! {
     NoNeighbour "no_neighbour" Drop "the next hop to the real server has no known MAC address yet";
     NoRoute "no_route" Drop "no route to the real server, or its VLAN device has no program";
     TtlLimited "ttl_exceeded_limited" Drop "TTL used up: not answered, too many ICMP errors this second, or a fragment that is not the first";
-    NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second";
+    NoDestLimited "no_dest_limited" Drop "no available real server: not answered, too many ICMP errors this second, or it was one itself (schedule_icmp)";
+    ServerToldLimited "server_told_limited" Drop "a packet of no connection from a real server by NAT: not answered, too many ICMP errors this second";
     TooBig "too_big_dropped" Drop "too large for the tunnel, and allowed to be fragmented, but rvsd, which does that, is not there or has too much of it to do: raise the MTU towards the real servers";
     TooBigLimited "too_big_limited" Drop "too large for the tunnel: not answered, too many ICMP errors this second";
     LoopbackDest "loopback_dest" Drop "the real server is a loopback address of this host, where no packet from outside may go: use -g, or another address";

@@ -27,9 +27,10 @@ const ON_DEMAND: usize = 1;
 #[btf_map]
 static WATCHED: HashMap<ServiceKey, u64, { WATCHED_MAX as usize }, ON_DEMAND> = HashMap::new();
 
+/// `port` and `protocol`: 0, or those of a real server.
 #[inline(always)]
-pub fn watched(address: [u8; 16], family: u8) -> u64 {
-    let key = ServiceKey { address, port: 0, protocol: 0, family };
+pub fn watched(address: [u8; 16], port: u16, protocol: u8, family: u8) -> u64 {
+    let key = ServiceKey { address, port, protocol, family };
     // SAFETY: the control plane replaces whole values; a value is one word.
     unsafe { WATCHED.get(key) }.map_or(0, |v| *v)
 }

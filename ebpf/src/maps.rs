@@ -11,7 +11,7 @@ use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_xadd};
 use core::mem::offset_of;
 use rvs_datapath::abi::{
     Clock, Config, CpuStats, Dest, DestState, Hop, Iface, ListEntry, Local, REPLY_HOPS_MAX, SIDE4_WORDS, SIDE6_WORDS,
-    Service, ServiceKey, ServiceState, Tunnel, Vlan, fragment, hop,
+    Service, ServiceKey, ServiceState, Tunnel, Vlan, fragment, hop, watched,
 };
 use rvs_datapath::ct::{Family, V4, V6};
 use rvs_datapath::elder::ELDER;
@@ -258,7 +258,12 @@ impl<const SKB: bool> Tables for Maps<SKB> {
     }
     #[inline(always)]
     fn watched<I: Ip>(&self, address: I::Addr) -> u64 {
-        hand::watched(I::bytes(address), I::FAMILY)
+        hand::watched(I::bytes(address), 0, 0, I::FAMILY)
+    }
+    #[inline(always)]
+    fn server<I: Ip>(&self, address: I::Addr, port: u16, protocol: u8) -> Option<u32> {
+        let value = hand::watched(I::bytes(address), port, protocol, I::FAMILY);
+        (value & watched::SERVER != 0).then_some((value >> 32) as u32)
     }
     #[inline(always)]
     fn takes(&self) -> bool {

@@ -57,7 +57,7 @@ macro_rules! call {
                 $crate::calls::go_on(rvs_datapath::verdict::Verdict::go($stage, $number));
                 $aside($ctx)
             }),
-            Stage::Elsewhere | Stage::Large => {
+            Stage::Elsewhere | Stage::Large | Stage::Reject => {
                 $crate::calls::go_on(rvs_datapath::verdict::Verdict::go($stage, $number));
                 $aside($ctx)
             }
@@ -97,6 +97,7 @@ macro_rules! aside {
                 Stage::Early => run(ctx, Stage::Early, number),
                 Stage::Elsewhere => run(ctx, Stage::Elsewhere, number),
                 Stage::Large => run(ctx, Stage::Large, number),
+                Stage::Reject => run(ctx, Stage::Reject, number),
                 _ => $crate::stages::closed(),
             }
         }

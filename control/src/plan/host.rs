@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use rvs_datapath::abi::{self, dest as flag, service as service_flag, watched};
+use rvs_datapath::abi::{self, config, dest as flag, service as service_flag, watched};
 
 use super::{MapOp, Mirror, Planner, Step, Way, bytes};
 use crate::model::{Model, ServiceKey};
@@ -83,25 +83,36 @@ impl Planner {
     }
 
     /// The addresses whose fragments may be ours, as things are: virtual ones, local ones (FULLNAT), and those of real servers whose replies come by
-    /// here with their own. Beyond [`abi::WATCHED_MAX`] of them some are left out: a fragment that comes too early is the kernel's there.
+    /// here with their own; and, if `nat_icmp_send` says so, where those are. Beyond [`abi::WATCHED_MAX`] of them some are left out: a fragment that comes too early is the kernel's there.
     pub fn watch(&mut self, model: &Model) -> Step {
         let mut wanted = BTreeMap::new();
-        let mut add = |address: IpAddr, bit: u64| {
+        let mut add_at = |address: IpAddr, port: u16, protocol: u8, bits: u64| {
             let family = if address.is_ipv6() { 6 } else { 4 };
-            let key = abi::ServiceKey { address: bytes(address), port: 0, protocol: 0, family };
+            let key = abi::ServiceKey { address: bytes(address), port, protocol, family };
             if wanted.len() < abi::WATCHED_MAX as usize || wanted.contains_key(&key) {
-                *wanted.entry(key).or_default() |= bit;
+                *wanted.entry(key).or_default() |= bits;
             }
         };
+        let mut add = |address: IpAddr, bit: u64| add_at(address, 0, 0, bit);
         for (key, service) in model.services() {
             if let ServiceKey::Virtual { addr, .. } = key {
                 add(*addr, watched::DESTINATION);
             }
             service.local_addresses.iter().for_each(|a| add(*a, watched::DESTINATION));
         }
-        for mirror in self.dests.values() {
-            if mirror.record.out as u32 & flag::METHOD == flag::MASQ || mirror.record.lends_own() {
-                add(mirror.address, watched::SOURCE);
+        let by_nat = |m: &Mirror| m.record.out as u32 & flag::METHOD == flag::MASQ || m.record.lends_own();
+        self.dests.values().filter(|m| by_nat(m)).for_each(|m| add(m.address, watched::SOURCE));
+        if model.settings().level().flags & config::NAT_ICMP_SEND != 0 {
+            let protocols: BTreeMap<u32, u8> =
+                self.services.values().map(|placed| (placed.index, placed.record.key.protocol)).collect();
+            let there = |m: &Mirror| by_nat(m) && m.record.out as u32 & flag::AVAILABLE != 0;
+            let mut seen = BTreeSet::new();
+            for (index, m) in self.dests.iter().filter(|(_, m)| there(m)) {
+                let Some(protocol) = protocols.get(&m.record.service) else { continue };
+                // Of several services it has one dest in each: any of them.
+                if seen.insert((m.address, m.record.port, *protocol)) {
+                    add_at(m.address, m.record.port, *protocol, watched::SERVER | u64::from(*index) << 32);
+                }
             }
         }
         let op = |key: &abi::ServiceKey, bits| MapOp::Watch { key: *key, bits };
@@ -139,7 +150,7 @@ impl Planner {
         };
         // Without a way for a while, the address of before is as good as any.
         if let Some(Way::Hop { source: Some(source), .. }) = way
-            && record.out as u32 & flag::METHOD == flag::TUNNEL
+            && (record.out as u32 & flag::METHOD == flag::TUNNEL || by_nat)
         {
             mirror.tunnel.source = bytes(*source).into();
         }

@@ -188,8 +188,19 @@ impl World {
                 assert_ne!(bits(dest.key.addr) & abi::watched::SOURCE, 0, "{}", dest.key.addr);
             }
         }
-        let most =
-            self.model.services().map(|(_, s)| 1 + s.local_addresses.len()).sum::<usize>() + self.planner.dests.len();
+        let told = self.model.settings().level().flags & abi::config::NAT_ICMP_SEND != 0;
+        for (key, bits) in self.maps.watched.iter().filter(|(key, _)| key.port != 0) {
+            assert!(told && *bits as u32 == abi::watched::SERVER as u32, "{key:?}");
+            let dest = self.maps.dests[&((bits >> 32) as u32)];
+            let flags = dest.out as u32;
+            assert_eq!(
+                (dest.address.bytes(), dest.port, flags & flag::AVAILABLE),
+                (key.address, key.port, flag::AVAILABLE)
+            );
+            assert!(flags & flag::METHOD == flag::MASQ || dest.lends_own(), "{dest:?}");
+        }
+        let most = self.model.services().map(|(_, s)| 1 + s.local_addresses.len()).sum::<usize>()
+            + self.planner.dests.len() * 2;
         assert!(self.maps.watched.len() <= most, "{:?}", self.maps.watched);
     }
 
@@ -300,6 +311,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         2 => (key(), any::<bool>()).prop_map(|(k, on)| Command::Proxy(k, on)),
         1 => Just(Command::Flush),
         1 => (0u32..5).prop_map(|n| Command::Set("drop_packet".into(), n)),
+        2 => (0u32..2).prop_map(|n| Command::Set("nat_icmp_send".into(), n)),
         1 => (1u32..5000).prop_map(|udp_s| Command::SetTimeouts(Timeouts { tcp_s: 0, tcp_fin_s: 0, udp_s })),
     ]
 }
@@ -384,6 +396,29 @@ fn save(model: &Model) -> Vec<String> {
         lines.extend(service.dests().map(|d| format!("{d:?}")));
     }
     lines
+}
+
+/// Those that are there, once for all services that have them, and only while they are to be told.
+#[test]
+fn servers_by_nat_are_known_by_their_ports_when_they_are_to_be_told() {
+    let mut w = World::new();
+    let servers = |w: &mut World| {
+        w.watch(false);
+        w.maps.watched.keys().filter(|key| key.port != 0).count()
+    };
+    for number in [0, 1] {
+        assert!(w.command(&Command::AddService(service(number), spec("rr")), false));
+        assert!(w.command(&Command::AddDest(service(number), dest(1, 1, true)), false));
+        assert!(w.command(&Command::AddDest(service(number), dest(3, 1, false)), false));
+    }
+    assert!(w.command(&Command::AddDest(service(1), dest(2, 0, true)), false));
+    assert_eq!(servers(&mut w), 0);
+    assert!(w.command(&Command::Set("nat_icmp_send".into(), 1), false));
+    assert_eq!(servers(&mut w), 2);
+    assert!(w.command(&Command::DelDest(service(1), dest(2, 0, true).key), false));
+    assert_eq!(servers(&mut w), 1);
+    assert!(w.command(&Command::Set("nat_icmp_send".into(), 0), false));
+    assert_eq!(servers(&mut w), 0);
 }
 
 #[test]

@@ -4,8 +4,8 @@
 //! Each of the two entries that a flow has for a moment is counted, so that whoever ends there leaves the counters right.
 
 use super::{
-    Addressing, Conns, DEST_SHIFT, LINKED, Opened, PACKETS_SHIFT, Place, REVERSE, SYNCED, class, dest, enter_forward,
-    expired, fullnat, idle, link_as, link_up, slot_of, stamp_of, touch,
+    Addressing, Conns, DEST_MAX, DEST_SHIFT, LINKED, Opened, PACKETS_SHIFT, Place, REVERSE, SYNCED, class, dest,
+    enter_forward, expired, fullnat, idle, link_as, link_up, slot_of, stamp_of, touch,
 };
 use crate::abi::{Address, Move, moves};
 use crate::ct::{self, Buckets, Entry, Found, Key, Outcome};
@@ -90,7 +90,8 @@ fn key_of<F: Addressing>(flow: &Carried<F::Addr>) -> Key<F::Words> {
 fn forward<F: Addressing, C: Conns<F> + ?Sized>(c: &C, key: &Key<F::Words>, flow: &Carried<F::Addr>) -> Outcome {
     let stamp = stamp_of(c.policy(), flow.seen_s, (flow.proto << 4 | flow.state) as usize & 63);
     let flag = |on: bool, bit: u64| if on { bit } else { 0 };
-    let rest = (flow.dest as u64) << DEST_SHIFT
+    // (Masked, or the verifier of Linux 6.1 would have an OR of two unknown numbers where the protocol is.)
+    let rest = u64::from(flow.dest & DEST_MAX) << DEST_SHIFT
         | u64::from(stamp) & STAMP
         | u64::from(flow.packets & 3) << PACKETS_SHIFT
         | flag(flow.synced, SYNCED)

@@ -1,13 +1,14 @@
 //! The way of ICMP errors about flows, to the other end: see [`crate::related`].
 
-use super::{into_tunnel, is_nat};
-use crate::abi::{Hop, dest};
+use super::{has, into_tunnel, is_nat};
+use crate::abi::{Hop, config, dest, hop};
 use crate::conn::{self, Addressing, Conns, HitOf};
 use crate::ct::{self, Found, V4};
-use crate::far::Extras;
+use crate::far::{Extras, Far};
 use crate::frag::Part;
 use crate::icmp::{Answer, Error};
-use crate::packet::{Flow, Ip, L3, Packet};
+use crate::packet::{Flow, Frame, Ip, L3, Packet};
+use crate::proto::{sctp, tcp};
 use crate::related::{self, Related};
 use crate::tables::{Of, Route, Tables};
 use crate::tunnel;
@@ -47,8 +48,116 @@ pub(super) fn related<I: Of<T> + Extras, P: Packet, T: Tables>(
         Found::Live(hit) if !over(hit.control) => {
             error_to_server(p, t, &error, conn::dest(hit.control), I::source(&error.key.words))
         }
+        Found::None if has(t, config::SCHEDULE_ICMP) => {
+            t.keep(&about(&error));
+            Verdict::go(Stage::First, 0)
+        }
         _ => perhaps_about_tunnel::<I, P>(p, by),
     }
+}
+
+/// The flow that an error is about, as one that may begin with it: of the quoted packet only the ports are sure to be there.
+#[inline(always)]
+fn about<I: Ip>(error: &Related<I>) -> Flow<I> {
+    Flow {
+        key: error.key,
+        tcp: ct::proto(error.key.control) == conn::TCP,
+        sctp: ct::proto(error.key.control) == conn::SCTP,
+        flags: 0,
+        ttl: error.ttl,
+        by: 0,
+        part: Part::WHOLE,
+        len: error.len,
+        cookie: 0,
+        dest: 0,
+        error: true,
+    }
+}
+
+/// The same for callers that keep nothing, in the stages of a flow's beginning.
+#[inline(always)]
+pub(super) fn kept<I: Extras, P: Frame, T: Tables>(p: &mut P, t: &T, stage: Stage) -> Option<Flow<I>> {
+    let begins = matches!(
+        stage,
+        Stage::First | Stage::Enter | Stage::Link | Stage::Lend | Stage::MakeWay | Stage::GiveUp | Stage::Linked
+    );
+    if !begins || !has(t, config::SCHEDULE_ICMP) {
+        return None;
+    }
+    let by = I::find(p).ok()?.by;
+    related::look::<I, _>(&mut Far::<I, P>::new(p, by), by).map(|error| about(&error))
+}
+
+/// Of no connection, and for no virtual service.
+#[inline(always)]
+pub(super) fn no_service<I: Ip, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
+    if flow.error {
+        // It may quote what this host has sent in GUE.
+        let udp = !flow.tcp && !flow.sctp;
+        return if I::FAMILY == 4 && udp { Verdict::go(Stage::ErrorOuter, 0) } else { pass(Reason::Icmp) };
+    }
+    let ends = flow.tcp && flow.flags & tcp::RST != 0 || flow.sctp && flow.flags == sctp::ABORT;
+    if has(t, config::NAT_ICMP_SEND) && !ends { Verdict::go(Stage::Reject, 0) } else { pass(Reason::NoService) }
+}
+
+/// ... from where a real server by NAT is: it is told that there is nothing to answer, as far as it would have been forwarded (`ip_vs_out_hook`).
+#[inline(always)]
+pub(super) fn reject<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Verdict {
+    let pass = super::fragments::after_first(t, flow, pass(Reason::NoService));
+    let Some(index) = t.server::<I>(flow.source(), flow.key.sport(), flow.protocol()) else { return pass };
+    let Some(by) = t.tunnel(index) else { return pass };
+    let own = I::from_address(&by.source);
+    let mut hop = Hop::default();
+    // What is for this host the kernel would not forward: a health check's answer, perhaps.
+    let forwards = t.route::<I>([flow.source(), flow.destination()], flow.protocol(), flow.len, &mut hop);
+    if flow.ttl <= 1 || own == I::Addr::default() || !matches!(forwards, Route::Hop | Route::NoNeighbour) {
+        return pass;
+    }
+    sent(p, t, flow, Error::PortUnreachable, 0, Some(own), [Reason::ServerTold, Reason::ServerToldLimited])
+}
+
+/// Answer the client with an ICMP error about this packet.
+#[inline(always)]
+pub(super) fn answer<I: Ip + Answer, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    flow: &Flow<I>,
+    error: Error,
+    mtu: u32,
+) -> Verdict {
+    let reasons = match error {
+        Error::TimeExceeded => [Reason::TtlExceeded, Reason::TtlLimited],
+        Error::PortUnreachable => [Reason::NoDest, Reason::NoDestLimited],
+        Error::TooBig | Error::Said(_) => [Reason::SentTooBig, Reason::TooBigLimited],
+    };
+    sent(p, t, flow, error, mtu, None, reasons)
+}
+
+/// `from`: as a router on the packet's way, in the place of whom it was for. The reasons are those of sent, and of not.
+#[inline(always)]
+fn sent<I: Ip + Answer, P: Packet, T: Tables>(
+    p: &mut P,
+    t: &T,
+    flow: &Flow<I>,
+    error: Error,
+    mtu: u32,
+    from: Option<I::Addr>,
+    [sent, limited]: [Reason; 2],
+) -> Verdict {
+    if !t.may_send_icmp() {
+        return drop(limited);
+    }
+    if from.is_some() && !xmit::count_down::<I, P>(p) {
+        return drop(Reason::Internal);
+    }
+    // The IP id only tells fragments apart; the error is never fragmented.
+    if !I::answer(p, error, mtu, flow.key.sport(), from) {
+        return drop(limited);
+    }
+    // By the VLAN device that it came in by, with its tag.
+    let iface = t.iface(p.ifindex());
+    let tagged = iface.ifindex == p.ifindex() && iface.lower != 0;
+    Verdict::new(if tagged { Action::Out(iface.ifindex | hop::VLAN) } else { Action::Back }, sent)
 }
 
 /// About no connection: the kernel's, unless what it quotes is a tunnel's packet of ours.
@@ -63,6 +172,10 @@ fn perhaps_about_tunnel<I: Ip, P: Packet>(p: &mut P, by: usize) -> Verdict {
 /// About the outer packet of a tunnel: the client is told the same about what is in it, from the virtual address (`ip_vs_in_icmp`).
 #[inline(always)]
 fn about_tunnel<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
+    // (By way of a look for a service it comes here without.)
+    if !related::may_be_outer(p) {
+        return stranger(Reason::Icmp);
+    }
     let Some(outer) = related::outer(p) else { return stranger(Reason::Icmp) };
     let c = <V4 as Of<T>>::conns(t);
     let Found::Live(hit) = ct::lookup::<V4, _>(c.table(), &outer.key) else { return stranger(Reason::Icmp) };
@@ -98,7 +211,7 @@ fn about_tunnel<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
         56 => p.strip(56),
         _ => p.strip(60),
     };
-    if !done || !V4::answer(p, Error::Said(outer.said), rest, outer.key.sport()) {
+    if !done || !V4::answer(p, Error::Said(outer.said), rest, outer.key.sport(), None) {
         return drop(Reason::Internal);
     }
     t.count_out(index, outer.len);
@@ -186,17 +299,7 @@ fn error_to_server<I: Ip, P: Packet, T: Tables>(
 /// Its outer headers have no checksum: there is none to make one of without reading it all.
 #[inline(always)]
 fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
-    let flow: Flow<I> = Flow {
-        key: error.key,
-        tcp: true,
-        sctp: false,
-        flags: 0,
-        ttl: error.ttl,
-        by: 0,
-        part: Part::WHOLE,
-        len: error.len,
-        cookie: 0,
-    };
+    let flow = Flow { tcp: true, sctp: false, dest: index, ..about(error) };
     into_tunnel(p, t, &flow, index, Reason::ErrorIn)
 }
 

@@ -91,6 +91,8 @@ pub struct MemTables {
     fragments: Vec<[AtomicU64; abi::fragment::WORDS]>,
     /// By family and address as it lies in the packet: bits `abi::watched`.
     pub watched: BTreeMap<(u8, [u8; 16]), u64>,
+    /// Dests of real servers by NAT: with port and protocol.
+    pub servers: BTreeMap<(u8, [u8; 16], u16, u8), u32>,
     /// Is there somebody who takes what is handed over?
     pub takes: bool,
     verdicts: [AtomicU64; COUNTERS],
@@ -145,6 +147,7 @@ impl MemTables {
             cookie: AtomicU32::new(0),
             fragments: filled(abi::FRAGMENTS_MAX),
             watched: BTreeMap::new(),
+            servers: BTreeMap::new(),
             takes: false,
             verdicts: std::array::from_fn(|_| AtomicU64::new(0)),
             icmp_left: AtomicU64::new(ICMP_PER_S),
@@ -328,6 +331,9 @@ impl Tables for MemTables {
     fn swap_fragment(&self, place: u32, old: u64, new: u64) -> bool {
         let word = &self.fragments[place as usize][abi::fragment::CONTROL as usize];
         word.compare_exchange(old, new, SeqCst, SeqCst).is_ok()
+    }
+    fn server<I: Ip>(&self, address: I::Addr, port: u16, protocol: u8) -> Option<u32> {
+        self.servers.get(&(I::FAMILY, I::bytes(address), port, protocol)).copied()
     }
     fn watched<I: Ip>(&self, address: I::Addr) -> u64 {
         self.watched.get(&(I::FAMILY, I::bytes(address))).copied().unwrap_or_default()

@@ -204,6 +204,7 @@ impl Dataplane {
         let _ = tc::qdisc_add_clsact(port.name);
         let path = filter_pin(&self.dir, port.name, hook);
         make_folder(&path)?;
+        let (known, renamed) = (path.exists(), self.gone(hook)?);
         let program = self.tc(hook.program())?;
         let there =
             SchedClassifierLink::attached(port.name, direction, PRIORITY, HANDLE, None).map_err(failed(at()))?;
@@ -221,7 +222,16 @@ impl Dataplane {
         std::mem::forget(program.take_link(id).map_err(failed(at()))?);
         let _ = std::fs::remove_file(&path);
         program.pin(&path).map_err(failed(format!("pin {}", path.display())))?;
+        if let (Done::Replaced, false, Some(before)) = (done, known, renamed) {
+            std::fs::remove_file(&before).map_err(failed(format!("remove {}", before.display())))?;
+        }
         Ok(done)
+    }
+
+    /// The pin of a filter of this hook whose interface has another name now, or is gone. (Of several such, any: they are filters of one program.)
+    fn gone(&self, hook: Hook) -> Result<Option<PathBuf>> {
+        let all = pins(&self.dir.join("filters"))?;
+        Ok(all.into_iter().find(|(_, name, at)| *at == hook && ifindex_of(name) == 0).map(|(path, _, _)| path))
     }
 
     /// A tc program by name, loaded if it was not.
@@ -301,6 +311,28 @@ fn pins(folder: &Path) -> Result<Vec<(PathBuf, String, Hook)>> {
         }
     }
     Ok(all)
+}
+
+/// The program pinned at `pin` into the place that another one has there.
+///
+/// # Errors
+/// The kernel refuses, or a pin is gone.
+pub(super) fn put_back(dir: &Path, a: &Attached, pin: &Path) -> Result<()> {
+    let at = || format!("put the old {} back on {}", a.hook.program(), a.name);
+    if a.link != 0 {
+        let program = ProgramInfo::from_pin(pin).and_then(|info| info.fd()).map_err(failed(at()))?;
+        let link = raw::get(&link_pin(dir, &a.name, a.hook)).map_err(failed(at()))?;
+        return raw::link_update(link.as_fd(), program.as_fd()).map_err(failed(at()));
+    }
+    let Some(direction) = a.hook.direction() else { return Ok(()) };
+    let mut program = SchedClassifier::from_pin(pin).map_err(failed(at()))?;
+    let there = SchedClassifierLink::attached(&a.name, direction, PRIORITY, HANDLE, None).map_err(failed(at()))?;
+    let id = program.attach_to_link(there).map_err(failed(at()))?;
+    // Dropped, it would take the filter away.
+    std::mem::forget(program.take_link(id).map_err(failed(at()))?);
+    let path = filter_pin(dir, &a.name, a.hook);
+    let _ = std::fs::remove_file(&path);
+    program.pin(&path).map_err(failed(format!("pin {}", path.display())))
 }
 
 /// Take a program off, and its pin away. False: none was there.

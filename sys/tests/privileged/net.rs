@@ -56,7 +56,15 @@ fn links_are_read_with_their_kinds() {
     a.ip("tuntap add t0 mode tun");
     a.block_on(async {
         let net = Netlink::open().expect("open");
-        let links = net.links().await.expect("links");
+        let mut watch = net.watch().expect("watch");
+        // The kernel's link watch tells of a carrier a little later.
+        let links = loop {
+            let links = net.links().await.expect("links");
+            if find(&links, "va").running {
+                break links;
+            }
+            await_event(&mut watch, "carrier", |e| matches!(e, NetEvent::Link { .. })).await;
+        };
         let va = find(&links, "va");
         assert_eq!((va.mac, va.mtu, va.kind.as_str()), (Some(Mac([2, 0, 0, 0, 0, 0xaa])), 1400, "veth"));
         assert!(va.up && va.running && va.ethernet && !va.loopback && !va.noarp && va.lower.is_none());
@@ -68,9 +76,8 @@ fn links_are_read_with_their_kinds() {
         assert!(!tun.ethernet && tun.mac.is_none(), "{tun:?}");
         assert!(find(&links, "lo").loopback);
 
-        let mut watch = net.watch().expect("watch");
         b.ip("link set vb down");
-        // The kernel's link watch tells of a lost carrier a little later.
+        // ... and of a lost one.
         loop {
             await_event(&mut watch, "carrier lost", |e| matches!(e, NetEvent::Link { .. })).await;
             let va = find(&net.links().await.expect("links"), "va").clone();

@@ -127,6 +127,13 @@ impl<'a> Pair<'a> {
         self.command(line, "", str::to_owned)
     }
 
+    /// A setting of `net.ipv4.vs`.
+    pub fn set(&mut self, name: &str, value: u32) -> Result<()> {
+        self.row().commands += 1;
+        self.theirs.set(name, value)?;
+        self.ours.set(name, value)
+    }
+
     /// A client's packet to both. The number of the server that the kernel sent it to.
     pub fn client(&mut self, frame: &[u8]) -> Result<Option<u8>> {
         let sent = self.carry(frame, true)?;
@@ -167,11 +174,11 @@ pub const NOT_YET: Known = Known {
 
 /// Without what its sender is free to choose.
 fn plain(sent: &Sent) -> [Vec<Vec<u8>>; 2] {
-    let vips = BOTH.map(|net| net.vip(0).ip());
+    let own = BOTH.map(|net| [net.vip(0).ip(), net.own(0).ip()]);
     let all = |frames: &[Vec<u8>]| -> Vec<Vec<u8>> {
         let one = |frame: &Vec<u8>| {
             // The tables' first mask is of MAC addresses, which are the same here.
-            let mut bytes = masked(frame, &|address| vips.contains(&address), &[GUE_PORT]);
+            let mut bytes = masked(frame, &|address| own.iter().flatten().any(|a| *a == address), &[GUE_PORT]);
             bytes[..12].copy_from_slice(&frame[..12]);
             bytes
         };

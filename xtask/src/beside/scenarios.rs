@@ -96,6 +96,14 @@ pub fn run(root: &Path, pair: &mut Pair<'_>, schedulers: &[&str], wanted: &[Stri
             }
         }
     }
+    for (net, version) in BOTH.into_iter().zip(["IPv4", "IPv6"]) {
+        for (method, name) in METHODS {
+            let port = next();
+            if begins(pair, format!("settings, {name}, {version}")) {
+                settings(pair, Service { net, protocol: TCP, kind: "-t", method, port })?;
+            }
+        }
+    }
     for name in ["01-empty", "02-modes-ipv4", "03-modes-ipv6", "04-displays", "06-errors"] {
         if begins(pair, format!("commands of {name}")) {
             recorded(root, pair, name)?;
@@ -368,6 +376,43 @@ fn errors(pair: &mut Pair<'_>, s: &Service<'_>) -> Result<()> {
         pair.client(&got.answered(error))?;
     }
     Ok(())
+}
+
+/// `schedule_icmp` and `nat_icmp_send`.
+fn settings(pair: &mut Pair<'_>, s: Service<'_>) -> Result<()> {
+    let name = s.name();
+    pair.ipvsadm(&format!("-A {name} -s rr"))?;
+    // About a server's packet of no connection.
+    let error = |client, port| {
+        let quoted = Frame::new(TCP, s.net.vip(port), s.net.client(client)).macs(CLIENT_MAC, LAN_MAC).ttl(63);
+        quoted.answered(IcmpError::TooBig(1300))
+    };
+    pair.client(&error(1, s.port))?;
+    pair.set("schedule_icmp", 1)?;
+    // Without a server, with one, and to a port of no service.
+    pair.client(&error(2, s.port))?;
+    s.add(pair, 11, 1)?;
+    for client in [3, 3, 4] {
+        pair.client(&error(client, s.port))?;
+    }
+    pair.client(&error(5, 999))?;
+    s.tcp(pair, 3)?;
+    pair.set("schedule_icmp", 0)?;
+    pair.client(&error(6, s.port))?;
+    // Of no connection, from where the server is and from elsewhere.
+    let server = s.net.server(11, s.inner());
+    let from = |port| s.net.reply(TCP, std::net::SocketAddr::new(server.ip(), port), 7, 11);
+    for value in [0, 1] {
+        pair.set("nat_icmp_send", value)?;
+        for flags in [flag::ACK, flag::SYN | flag::ACK, flag::RST] {
+            pair.server(&from(s.inner()).flags(flags).bytes())?;
+        }
+        pair.server(&from(s.inner()).flags(flag::ACK).payload(&[7; 1200]).bytes())?;
+        pair.server(&from(s.inner()).flags(flag::ACK).ttl(1).bytes())?;
+        pair.server(&from(998).flags(flag::ACK).bytes())?;
+    }
+    pair.set("nat_icmp_send", 0)?;
+    pair.ipvsadm(&format!("-D {name}"))
 }
 
 /// Commands that were typed when stock was recorded, in order, with all that it printed then left out: both are asked now.

@@ -129,6 +129,14 @@ impl<'a> Side<'a> {
         }
     }
 
+    pub fn set(&self, name: &str, value: u32) -> Result<()> {
+        match &self.rvs {
+            Some(rvs) => rvs.rvs(&format!("set {name} {value}")).map(drop)?,
+            None => self.node.ns().sysctl(&format!("net/ipv4/vs/{name}"), &value.to_string())?,
+        }
+        Ok(())
+    }
+
     /// What RVS counted, by name; nothing of the kernel.
     pub fn verdicts(&self) -> String {
         let verdicts = self.rvs.as_ref().and_then(|rvs| rvs.verdicts().ok());

@@ -16,6 +16,8 @@ mount -t devtmpfs dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm
 mount -t devpts devpts /new/dev/pts
 for folder in dev/shm tmp run; do mount -t tmpfs tmpfs "/new/$folder"; done
+# What udev would make.
+mkdir -p /new/dev/net && mknod /new/dev/net/tun c 10 200
 mkdir -p /new/run/lock /new/run/vm /new/run/netns
 mount -t cgroup2 cgroup2 /new/sys/fs/cgroup
 mount -t bpf bpf /new/sys/fs/bpf
