@@ -131,8 +131,10 @@ fn director_by(device: Device, hook: Hook) -> TestResult {
             let client = at(&lab, "client", ipv6, 0)?.ip();
             check(report.clients.keys().eq([&client]), || format!("{method} {web}: {report}"))?;
             rvs.ipvsadm(&format!("-D -t {web}"))?;
-            // Fragments that rvsd holds come again by the device that they came by.
-            there_and_back(&lab, &rvs, method, ipv6)?;
+            // Fragments that rvsd holds come again by the device that they came by, whatever the method: two are enough.
+            if matches!((method, ipv6), ("-m", false) | ("--fullnat", true)) {
+                there_and_back(&lab, &rvs, method, ipv6)?;
+            }
         }
     }
     Ok(())
