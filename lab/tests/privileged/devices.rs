@@ -8,6 +8,7 @@ use rvs_lab::layouts::{Layout, Options};
 use rvs_lab::{Director, Hook, Lab, NodeHandle, patient};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::early::there_and_back;
 use crate::support::{SOON, Stop, Test, TestResult, at, check, director, http, lab_for, on_hooks, serve, test, vip};
 
 pub fn tests() -> Vec<Test> {
@@ -130,6 +131,10 @@ fn director_by(device: Device, hook: Hook) -> TestResult {
             let client = at(&lab, "client", ipv6, 0)?.ip();
             check(report.clients.keys().eq([&client]), || format!("{method} {web}: {report}"))?;
             rvs.ipvsadm(&format!("-D -t {web}"))?;
+            // Fragments that rvsd holds come again by the device that they came by, whatever the method: two are enough.
+            if matches!((method, ipv6), ("-m", false) | ("--fullnat", true)) {
+                there_and_back(&lab, &rvs, method, ipv6)?;
+            }
         }
     }
     Ok(())

@@ -216,28 +216,40 @@ fn started(hook: Hook) -> TestResult<Lab> {
     Ok(lab)
 }
 
-/// There and back, in every order.
 fn early_fragments(hook: Hook) -> TestResult {
     let lab = started(hook)?;
     let rvs = director(&lab, LAYOUT.director_interfaces(), hook)?;
     for ipv6 in [false, true] {
         for method in METHODS {
-            let service = vip(&lab, ipv6, 5300)?;
-            serve(&lab, &rvs, "-u", service, method, listens(&lab, service, method)?.port())?;
-            let what = format!("{method} {service}");
-            with_server(&lab, service, method, true, |client| {
-                let before = rvs.verdicts()?;
-                let answered = client.all(&what, Client::cut);
-                let since = rvs.verdicts()?.since(&before);
-                answered.map_err(|why| format!("{why:?}, {since}"))?;
-                let early: u64 = (0..DATAGRAMS).map(early).sum();
-                // By the other methods replies don't go by the data plane.
-                let least = if matches!(method, "-m" | "--fullnat") { 2 * early } else { early };
-                check(since.of("fragment_held") >= least, || format!("{what}: {least} early fragments, and {since}"))
-            })?;
-            rvs.ipvsadm(&format!("-D -u {service}"))?;
+            there_and_back(&lab, &rvs, method, ipv6)?;
         }
     }
+    Ok(())
+}
+
+/// Datagrams in fragments of every order, there and back, by this method to `rs1`.
+pub fn there_and_back(lab: &Lab, rvs: &Director<'_>, method: &str, ipv6: bool) -> TestResult {
+    let service = vip(lab, ipv6, 5300)?;
+    rvs.ipvsadm(&format!("-A -u {service} -s rr"))?;
+    if method == "--fullnat" {
+        for local in lab.topology().locals(ipv6) {
+            rvs.ipvsadm(&format!("-P -u {service} -z {local}"))?;
+        }
+    }
+    let server = at(lab, "rs1", ipv6, listens(lab, service, method)?.port())?;
+    rvs.ipvsadm(&format!("-a -u {service} -r {server} {method}"))?;
+    let what = format!("{method} {service}");
+    with_server(lab, service, method, true, |client| {
+        let before = rvs.verdicts()?;
+        let answered = client.all(&what, Client::cut);
+        let since = rvs.verdicts()?.since(&before);
+        answered.map_err(|why| format!("{why:?}, {since}"))?;
+        let early: u64 = (0..DATAGRAMS).map(early).sum();
+        // By the other methods replies don't go by the data plane.
+        let least = if matches!(method, "-m" | "--fullnat") { 2 * early } else { early };
+        check(since.of("fragment_held") >= least, || format!("{what}: {least} early fragments, and {since}"))
+    })?;
+    rvs.ipvsadm(&format!("-D -u {service}"))?;
     Ok(())
 }
 

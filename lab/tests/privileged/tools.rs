@@ -1,12 +1,11 @@
 //! What people try first when something seems wrong: traceroute through the director, dig for an answer of many packets, and a large transfer
 //! to a real server behind a narrow link. The tools are Debian's.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv6Addr, TcpListener};
 use std::time::Duration;
 
 use rvs_lab::layouts::{Layout, Options};
-use rvs_lab::topology::{End, Link, Node, Route};
-use rvs_lab::{Hook, Lab, load};
+use rvs_lab::{End, Hook, Lab, Link, Node, Route, load};
 use socket2::SockRef;
 
 use crate::paths::{PATIENCE, transfer};
