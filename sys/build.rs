@@ -3,9 +3,13 @@
 use std::path::Path;
 
 fn main() {
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ebpf/target/bpfel-unknown-none/release");
-    for (name, variable) in [("rvs-ebpf", "RVS_EBPF_OBJECT"), ("rvs-realserver", "RVS_REALSERVER_OBJECT")] {
-        let object = built.join(name);
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ebpf/target");
+    // Programs over maps of the other layout, from which tests upgrade, are built into a folder of their own.
+    let folder = if cfg!(feature = "other-layout") { "other-layout/bpfel-unknown-none" } else { "bpfel-unknown-none" };
+    let objects =
+        [("rvs-ebpf", folder, "RVS_EBPF_OBJECT"), ("rvs-realserver", "bpfel-unknown-none", "RVS_REALSERVER_OBJECT")];
+    for (name, folder, variable) in objects {
+        let object = target.join(folder).join("release").join(name);
         println!("cargo:rerun-if-changed={}", object.display());
         assert!(object.exists(), "the eBPF programs are not built yet ({}): run `./x build`", object.display());
         println!("cargo:rustc-env={variable}={}", object.display());

@@ -215,6 +215,7 @@ pub fn unexpected(body: &ResponseBody) -> BackendError {
         ResponseBody::Daemons(_) => "daemons",
         ResponseBody::Drops(_) => "drops",
         ResponseBody::Tables(_) => "tables",
+        ResponseBody::Upgrade(_) => "upgrade",
         ResponseBody::Stats(_) => "stats",
         ResponseBody::LocalAddresses(_) => "local_addresses",
         ResponseBody::Defences(_) => "defences",

@@ -8,6 +8,7 @@ mod service;
 mod set;
 mod show;
 mod trace;
+mod upgrade;
 mod why;
 
 use std::io::{ErrorKind, Write};
@@ -45,6 +46,8 @@ pub enum Query {
     /// The connection tables: how full they are, and another size for them while packets come
     #[command(subcommand)]
     Conntable(conntable::Args),
+    /// Another version of rvsd in the place of the running one: connections and packets go on
+    Upgrade(upgrade::Args),
     /// Rate limits, SYN cookies and PROXY headers of services
     #[command(subcommand)]
     Service(service::Args),
@@ -67,25 +70,17 @@ pub enum Error {
     Json(serde_json::Error),
     #[error("{0}")]
     Usage(String),
+    #[error("the new rvsd does not answer: {0}; its log says why, and packets are forwarded as before")]
+    NotBack(BackendError),
+    #[error("the layout is {0} still: the log of rvsd says why; packets are forwarded as before")]
+    NotUpgraded(String),
     #[error("can't write {path}: {error}")]
     Pcap { path: String, error: pcap_file::PcapError },
 }
 
 /// Asks `backend` and returns the exit code.
 pub fn run(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backend: &mut dyn Backend) -> u8 {
-    let done = Client::open(backend).map_err(Error::from).and_then(|mut client| {
-        match query {
-            Query::Proc { file } => proc::print(*file, &mut client, stdout),
-            Query::Drops { json } => show::drops(*json, &mut client, stdout),
-            Query::Status { json } => show::status(*json, &mut client, stdout),
-            Query::Conntable(args) => conntable::run(args, &mut client, stdout),
-            Query::Service(args) => service::run(args, &mut client, stdout),
-            Query::Set(args) => set::run(args, &mut client, stdout),
-            Query::Why(args) => why::print(args, &mut client, stdout),
-            Query::Trace(args) => trace::print(args, &mut client, stdout, stderr),
-        }?;
-        stdout.flush().map_err(Error::Output)
-    });
+    let done = ask(query, stdout, stderr, backend).and_then(|()| stdout.flush().map_err(Error::Output));
     match done {
         Ok(()) => 0,
         // Whoever reads has seen enough.
@@ -94,6 +89,25 @@ pub fn run(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backen
             complain(stderr, &error);
             if matches!(error, Error::Usage(_)) { EXIT_USAGE } else { EXIT_REFUSED }
         }
+    }
+}
+
+fn ask(query: &Query, stdout: &mut dyn Write, stderr: &mut dyn Write, backend: &mut dyn Backend) -> Result<(), Error> {
+    if let Query::Upgrade(args) = query {
+        return upgrade::run(args, backend, stdout);
+    }
+    let mut client = Client::open(backend)?;
+    match query {
+        Query::Proc { file } => proc::print(*file, &mut client, stdout),
+        Query::Drops { json } => show::drops(*json, &mut client, stdout),
+        Query::Status { json } => show::status(*json, &mut client, stdout),
+        Query::Conntable(args) => conntable::run(args, &mut client, stdout),
+        Query::Service(args) => service::run(args, &mut client, stdout),
+        Query::Set(args) => set::run(args, &mut client, stdout),
+        Query::Why(args) => why::print(args, &mut client, stdout),
+        Query::Trace(args) => trace::print(args, &mut client, stdout, stderr),
+        // Done above: it makes more than one connection.
+        Query::Upgrade(_) => Ok(()),
     }
 }
 

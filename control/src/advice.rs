@@ -27,6 +27,12 @@ pub fn about(reason: Reason) -> Option<&'static str> {
         Reason::FragmentFlood => {
             "find out what changes the order of so many packets, or who floods: rvs trace --filter 'reason fragment_flood'"
         }
+        Reason::FragmentLost => {
+            "find out where first fragments are lost or filtered, or who floods: rvs trace --filter 'reason fragment_held'"
+        }
+        Reason::HeldLost => {
+            "see that the interface is up and in rvs status, and that the MTU to the real servers is 120 or more"
+        }
         Reason::FragmentTiny | Reason::FragmentOverlap | Reason::FragmentConflict => {
             "look for whoever makes such fragments; nobody honest does"
         }

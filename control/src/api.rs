@@ -18,6 +18,7 @@ mod seen;
 mod tests;
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +28,7 @@ pub use listing::{Chunks, Counters, DestCounters, daemons, defences, in_chunks, 
 pub use rows::{
     ConnOrigin, ConnRow, CpuStats, DaemonRow, DefenceRow, DestRow, DropRow, EngineData, ListRow, LocalAddressRow,
     Rates, ServiceRow, SettingRow, StateRow, Stats, StatsReport, Status, TableRow, TablesMove, TablesReport,
-    conn_state_name,
+    UpgradeReport, conn_state_name,
 };
 pub use seen::{Connection, Frame, Outcome, Probe, ProbeProto, TracedRow, WhyDest, WhyRow};
 
@@ -96,6 +97,8 @@ pub enum RequestBody {
     Tables,
     /// Tables of another size; [`ResponseBody::Done`] says that connections are being moved to them.
     Resize(Resize),
+    /// Another rvsd is to go on in the place of this one: answered by [`ResponseBody::Upgrade`], before it does.
+    Upgrade(Upgrade),
     /// What would become of these packets, at most [`PROBES_MAX`](crate::limits::PROBES_MAX); answered by [`ResponseBody::Why`], a row
     /// each. Nothing changes by it.
     Why(Vec<Probe>),
@@ -335,6 +338,15 @@ pub struct Resize {
     pub ipv6: Option<u32>,
 }
 
+/// Another rvsd, and what it is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgrade {
+    /// Its program; `None`: what is now where the running one's was.
+    pub program: Option<PathBuf>,
+    /// Only say what it would come to.
+    pub check: bool,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Response {
     pub id: u64,
@@ -372,6 +384,7 @@ pub enum ResponseBody {
     Defences(Vec<DefenceRow>),
     Status(Box<Status>),
     Tables(Box<TablesReport>),
+    Upgrade(Box<UpgradeReport>),
     Why(Vec<WhyRow>),
     Traced {
         packets: Vec<TracedRow>,

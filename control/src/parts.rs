@@ -56,11 +56,12 @@ impl Waiting {
         self.datagrams.keys()
     }
 
-    /// One more. False: its source, or its datagram, has more than its share.
-    pub fn hold(&mut self, key: Key, part: Part, now_ms: u64) -> bool {
+    /// One more. How many are dropped: it, if its source or its datagram has more than its share; or what makes way for it.
+    #[must_use]
+    pub fn hold(&mut self, key: Key, part: Part, now_ms: u64) -> usize {
         let source = source(&key);
         match self.datagrams.get_mut(&key) {
-            Some(there) if there.parts.len() >= limits::HELD_OF_DATAGRAM_MAX => return false,
+            Some(there) if there.parts.len() >= limits::HELD_OF_DATAGRAM_MAX => return 1,
             Some(there) => {
                 self.bytes += part.frame.len();
                 there.parts.push(part);
@@ -68,7 +69,7 @@ impl Waiting {
             None => {
                 let of_source = self.sources.entry(source).or_default();
                 if *of_source >= limits::HELD_OF_SOURCE_MAX {
-                    return false;
+                    return 1;
                 }
                 *of_source += 1;
                 self.bytes += part.frame.len();
@@ -76,10 +77,11 @@ impl Waiting {
                 self.order.push_back((now_ms, key));
             }
         }
+        let mut dropped = 0;
         while self.datagrams.len() > limits::HELD_DATAGRAMS_MAX || self.bytes > limits::HELD_BYTES_MAX {
-            self.drop_oldest();
+            dropped += self.drop_oldest();
         }
-        true
+        dropped
     }
 
     /// Its first fragment has come: those that it left waiting, in the order in which they came.
@@ -97,6 +99,7 @@ impl Waiting {
     }
 
     /// Those that have waited for long enough are dropped: how many fragments.
+    #[must_use]
     pub fn expire(&mut self, now_ms: u64) -> usize {
         let mut dropped = 0;
         while self.order.front().is_some_and(|(since_ms, _)| now_ms.saturating_sub(*since_ms) >= limits::HELD_MS) {
@@ -232,8 +235,8 @@ mod tests {
     fn what_waits_comes_out_once_in_order() {
         let mut waiting = Waiting::default();
         for n in 0..3 {
-            assert!(waiting.hold(key(1, 7), part(n, 100), u64::from(n)));
-            assert!(waiting.hold(key(1, 8), part(n + 10, 100), u64::from(n)));
+            assert_eq!(waiting.hold(key(1, 7), part(n, 100), u64::from(n)), 0);
+            assert_eq!(waiting.hold(key(1, 8), part(n + 10, 100), u64::from(n)), 0);
         }
         assert_eq!(waiting.release(&key(1, 7)), [part(0, 100), part(1, 100), part(2, 100)]);
         assert_eq!((waiting.release(&key(1, 7)), waiting.held()), (vec![], (1, 300)));
@@ -244,9 +247,9 @@ mod tests {
     #[test]
     fn one_of_the_same_key_has_its_own_time() {
         let mut waiting = Waiting::default();
-        assert!(waiting.hold(key(1, 7), part(0, 100), 0));
+        assert_eq!(waiting.hold(key(1, 7), part(0, 100), 0), 0);
         waiting.release(&key(1, 7));
-        assert!(waiting.hold(key(1, 7), part(1, 100), 1000));
+        assert_eq!(waiting.hold(key(1, 7), part(1, 100), 1000), 0);
         assert_eq!(waiting.expire(limits::HELD_MS), 0);
         assert_eq!(waiting.expire(limits::HELD_MS + 1000), 1);
     }
@@ -255,10 +258,12 @@ mod tests {
     fn nobody_has_more_than_his_share() {
         let mut waiting = Waiting::default();
         for id in 0..1000 {
-            assert_eq!(waiting.hold(key(1, id), part(0, 100), 0), (id as usize) < limits::HELD_OF_SOURCE_MAX);
+            let more = (id as usize) >= limits::HELD_OF_SOURCE_MAX;
+            assert_eq!(waiting.hold(key(1, id), part(0, 100), 0), usize::from(more));
         }
         for n in 0..1000 {
-            assert_eq!(waiting.hold(key(2, 7), part(0, 8), 0), n < limits::HELD_OF_DATAGRAM_MAX);
+            let more = n >= limits::HELD_OF_DATAGRAM_MAX;
+            assert_eq!(waiting.hold(key(2, 7), part(0, 8), 0), usize::from(more));
         }
         assert_eq!(waiting.held().0, limits::HELD_OF_SOURCE_MAX + 1);
     }
@@ -270,17 +275,19 @@ mod tests {
         for len in [64, 3000, 100_000] {
             let mut waiting = Waiting::default();
             let all = (limits::HELD_BYTES_MAX / len).min(limits::HELD_DATAGRAMS_MAX);
+            let mut dropped = 0;
             for n in 0..10_000u32 {
                 if n == 5_000 {
-                    assert!(waiting.hold(key(u32::MAX, 1), part(1, 60), 0));
+                    dropped += waiting.hold(key(u32::MAX, 1), part(1, 60), 0);
                 }
-                assert!(waiting.hold(key(n, n), part(0, len), 0));
+                dropped += waiting.hold(key(n, n), part(0, len), 0);
                 let (datagrams, bytes) = waiting.held();
                 assert!(datagrams <= limits::HELD_DATAGRAMS_MAX && bytes <= limits::HELD_BYTES_MAX);
                 if n == 5_000 + all as u32 - 2 {
                     assert_eq!(waiting.release(&key(u32::MAX, 1)), [part(1, 60)], "{len}");
                 }
             }
+            assert_eq!(dropped + waiting.held().0, 10_000, "one of each datagram, and one released");
             assert!(waiting.order.len() <= limits::HELD_DATAGRAMS_MAX + 2 && waiting.sources.len() <= all);
         }
     }

@@ -25,12 +25,14 @@ pub enum Answer {
     Connections(ConnectionList),
     Why(u64, Vec<Probe>),
     Trace(u64, Filter),
+    Upgrade(u64, api::Upgrade),
 }
 
 pub fn answer(d: &mut Director, request: Request) -> Answer {
     let id = request.id;
     let body = match request.body {
         RequestBody::Connections => return Answer::Connections(ConnectionList::new(id)),
+        RequestBody::Upgrade(upgrade) => return Answer::Upgrade(id, upgrade),
         RequestBody::Why(probes) => return Answer::Why(id, probes),
         RequestBody::Trace(filter) => match Filter::parse(&filter) {
             Ok(_) if d.tracing => {

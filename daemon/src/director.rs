@@ -242,12 +242,15 @@ impl Director {
         self.carry_out(step)
     }
 
-    /// A frame comes in once more, by an interface that has the program still.
-    pub fn come_again(&mut self, part: &Part) {
-        let Some(hook) = self.hooks.get(&part.ifindex) else { return };
-        if let Err(error) = self.dataplane.inject(*hook, part.ifindex, &part.frame) {
-            tracing::debug!(error = %shown(&error), "a packet is dropped");
+    /// A frame comes in once more, by its interface, if that has the program still. True: it did.
+    #[must_use]
+    pub fn come_again(&mut self, part: &Part) -> bool {
+        let Some(hook) = self.hooks.get(&part.ifindex) else { return false };
+        let sent = self.dataplane.inject(*hook, part.ifindex, &part.frame);
+        if let Err(error) = &sent {
+            tracing::debug!(error = %shown(error), "a packet is dropped");
         }
+        sent.is_ok()
     }
 
     /// Settings that wait for memory to be short act, or no longer.

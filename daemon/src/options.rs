@@ -39,6 +39,12 @@ pub struct Options {
     /// At the end (SIGTERM, SIGINT), take the data plane down as well. Otherwise it goes on forwarding.
     #[arg(long)]
     pub teardown: bool,
+    /// Begin anew where another version's data plane is at work that can't be taken over: its connections end, and its services are forgotten.
+    #[arg(long)]
+    pub anew: bool,
+    /// Say what this version would make of the data plane that is at work, as a JSON object, and end. (`rvs upgrade` asks so.)
+    #[arg(long)]
+    pub check_upgrade: bool,
     /// Log lines as JSON.
     #[arg(long)]
     pub log_json: bool,

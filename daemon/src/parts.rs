@@ -2,11 +2,15 @@
 //! into parts. Both then come in again, and take their way like any other packet.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
+use rvs_control::limits::HELD_OF_SOURCE_MAX;
 use rvs_control::parts::{Part, Waiting, cut};
+use rvs_datapath::verdict::Reason;
 use rvs_sys::bpf::{BpfError, parts::datagram};
+use tokio::task::yield_now;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::director::{Director, shown};
@@ -19,14 +23,19 @@ const BEAT: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(2);
 /// Fragments that are taken in one go. Of a flood no more than that between two looks: what else there is to do has its turn, and the ring is the limit.
 const EARLY_AT_ONCE: usize = 256;
-/// Packets that are cut in one go, before others have their turn.
-const LARGE_AT_ONCE: usize = 16;
+/// With more datagrams than that waiting, which is a flood, fragments are taken after each look only: to look for all of them at each one would leave a
+/// CPU with nothing else to do.
+const CROWD: usize = HELD_OF_SOURCE_MAX;
+/// Frames that are sent in again in one go, before others have their turn: each takes some hundred microseconds.
+const AGAIN_AT_ONCE: usize = 8;
+/// With so many on their way in, no more are released or cut: who has fragments by the thousand and their first one, too, keeps his own waiting.
+const ON_THEIR_WAY: usize = 64;
 
 /// Until the process ends.
 pub async fn run(director: Rc<RefCell<Director>>) {
-    let mut waiting = Waiting::default();
+    let (mut waiting, mut coming) = (Waiting::default(), VecDeque::new());
     loop {
-        if let Err(error) = serve(&director, &mut waiting).await {
+        if let Err(error) = serve(&director, &mut waiting, &mut coming).await {
             tracing::warn!(error = %shown(&error), "fragments that come too early, and packets too large for a tunnel, are lost for a second");
             tokio::time::sleep(BEAT).await;
         }
@@ -34,7 +43,11 @@ pub async fn run(director: Rc<RefCell<Director>>) {
 }
 
 /// Until the programs are loaded anew, with rings of their own.
-async fn serve(director: &RefCell<Director>, waiting: &mut Waiting) -> Result<(), BpfError> {
+async fn serve(
+    director: &RefCell<Director>,
+    waiting: &mut Waiting,
+    coming: &mut VecDeque<Part>,
+) -> Result<(), BpfError> {
     let (early, large, reloaded) = {
         let d = director.borrow();
         (d.dataplane.early.readable()?, d.dataplane.large.readable()?, d.reloaded.clone())
@@ -49,69 +62,84 @@ async fn serve(director: &RefCell<Director>, waiting: &mut Waiting) -> Result<()
             _ = beat.tick() => {
                 let d = director.borrow();
                 d.dataplane.maps.take_for(LEASE_S)?;
-                waiting.expire(d.now_ms());
+                lost(&d, Reason::FragmentLost, waiting.expire(d.now_ms()))?;
             }
+            () = yield_now(), if !coming.is_empty() => again(&mut director.borrow_mut(), coming)?,
             _ = look.tick(), if enough || !waiting.is_empty() => {
                 enough = false;
-                release(&mut director.borrow_mut(), waiting)?;
+                release(&director.borrow(), waiting, coming)?;
             }
             ready = early.readable(), if !enough => {
                 let Ok(mut ready) = ready else { return Ok(()) };
                 let mut d = director.borrow_mut();
-                enough = hold(&mut d, waiting);
-                if !enough {
+                let more = hold(&mut d, waiting)?;
+                if !more {
                     ready.clear_ready();
                 }
+                enough = more || waiting.held().0 > CROWD;
                 // The first one may have come meanwhile.
-                release(&mut d, waiting)?;
+                release(&d, waiting, coming)?;
             }
-            ready = large.readable() => {
+            ready = large.readable(), if coming.len() < ON_THEIR_WAY => {
                 let Ok(mut ready) = ready else { return Ok(()) };
-                if !cut_some(&mut director.borrow_mut()) {
+                if !cut_some(&mut director.borrow_mut(), coming)? {
                     ready.clear_ready();
                 }
-                tokio::task::yield_now().await;
             }
         }
     }
 }
 
 /// Take what came too early. True: there may be more.
-fn hold(d: &mut Director, waiting: &mut Waiting) -> bool {
+fn hold(d: &mut Director, waiting: &mut Waiting) -> Result<bool, BpfError> {
     let now_ms = d.now_ms();
-    for _ in 0..EARLY_AT_ONCE {
-        let Some((handed, frame)) = d.dataplane.early.take() else { return false };
-        if !waiting.hold(datagram(&handed), Part { ifindex: handed.ifindex, frame }, now_ms) {
-            tracing::trace!(ifindex = handed.ifindex, "a fragment of somebody who has many waiting is dropped");
-        }
+    let (mut taken, mut dropped) = (0, 0);
+    while taken < EARLY_AT_ONCE {
+        let Some((handed, frame)) = d.dataplane.early.take() else { break };
+        dropped += waiting.hold(datagram(&handed), Part { ifindex: handed.ifindex, frame }, now_ms);
+        taken += 1;
     }
-    true
+    lost(d, Reason::FragmentLost, dropped)?;
+    Ok(taken == EARLY_AT_ONCE)
 }
 
 /// Those whose first one has come.
-fn release(d: &mut Director, waiting: &mut Waiting) -> Result<(), BpfError> {
+fn release(d: &Director, waiting: &mut Waiting, coming: &mut VecDeque<Part>) -> Result<(), BpfError> {
     if waiting.is_empty() {
         return Ok(());
     }
     for key in d.dataplane.maps.noted(waiting.keys())? {
-        for part in waiting.release(&key) {
-            d.come_again(&part);
+        if coming.len() >= ON_THEIR_WAY {
+            break;
         }
+        coming.extend(waiting.release(&key));
     }
     Ok(())
 }
 
 /// Cut what is too large. True: there may be more.
-fn cut_some(d: &mut Director) -> bool {
-    for _ in 0..LARGE_AT_ONCE {
-        let Some((handed, frame)) = d.dataplane.large.take() else { return false };
-        let Some(parts) = cut(&frame, handed.room as usize) else {
-            tracing::debug!(ifindex = handed.ifindex, room = handed.room, "a packet can't be cut, and is dropped");
-            continue;
-        };
-        for frame in parts {
-            d.come_again(&Part { ifindex: handed.ifindex, frame });
+fn cut_some(d: &mut Director, coming: &mut VecDeque<Part>) -> Result<bool, BpfError> {
+    while coming.len() < ON_THEIR_WAY {
+        let Some((handed, frame)) = d.dataplane.large.take() else { return Ok(false) };
+        let ifindex = handed.ifindex;
+        match cut(&frame, handed.room as usize) {
+            Some(parts) => coming.extend(parts.into_iter().map(|frame| Part { ifindex, frame })),
+            None => {
+                tracing::debug!(ifindex, room = handed.room, "a packet can't be cut, and is dropped");
+                lost(d, Reason::HeldLost, 1)?;
+            }
         }
     }
-    true
+    Ok(true)
+}
+
+/// Some of these come in once more.
+fn again(d: &mut Director, coming: &mut VecDeque<Part>) -> Result<(), BpfError> {
+    let some = coming.drain(..coming.len().min(AGAIN_AT_ONCE));
+    let failed = some.filter(|part| !d.come_again(part)).count();
+    lost(d, Reason::HeldLost, failed)
+}
+
+fn lost(d: &Director, reason: Reason, packets: usize) -> Result<(), BpfError> {
+    d.dataplane.maps.count(reason, packets as u64)
 }

@@ -16,7 +16,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use crate::answer::{Answer, answer};
 use crate::director::Director;
-use crate::{trace, why};
+use crate::{trace, upgrade, why};
 
 /// Clients at a time: each has a decoder of at most one request line.
 const CLIENTS_MAX: usize = 256;
@@ -101,6 +101,16 @@ async fn client(mut stream: UnixStream, director: &RefCell<Director>, changed: &
                     let rows = why::rows(director, &probes).await;
                     let body = rows.map_or_else(ResponseBody::Refused, ResponseBody::Why);
                     put(&Response::whole(id, body), &mut out)?;
+                }
+                Answer::Upgrade(id, what) => {
+                    let found = upgrade::check(director, &what).await;
+                    let program = found.as_ref().ok().filter(|_| !what.check).map(|report| report.program.clone());
+                    let body = found.map_or_else(ResponseBody::Refused, |r| ResponseBody::Upgrade(Box::new(r)));
+                    put(&Response::whole(id, body), &mut out)?;
+                    if let Some(program) = program {
+                        send(&mut stream, &mut out).await?;
+                        return Err(upgrade::go_on_as(&program));
+                    }
                 }
                 Answer::Trace(id, filter) => {
                     send(&mut stream, &mut out).await?;

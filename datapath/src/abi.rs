@@ -8,8 +8,13 @@
 use crate::conn::{Policy, Stamps};
 use crate::ct::Seed;
 
+/// Which layout the maps have.
+pub const VERSION: u64 = if cfg!(feature = "other-layout") { OTHER } else { OWN };
+/// The layout of builds with the feature `other-layout`, by which tests of upgrades begin.
+pub const OTHER: u64 = !OWN;
+
 /// Hash of this file's text (FNV-1a), so that no layout change goes unnoticed.
-pub const VERSION: u64 = {
+const OWN: u64 = {
     let text = include_bytes!("abi.rs");
     let (mut hash, mut i) = (0xcbf2_9ce4_8422_2325_u64, 0);
     while i < text.len() {
@@ -108,9 +113,12 @@ pub struct Config {
     pub flags: u32,
     /// `Clock::ticks` when the policy's epoch was turned last.
     pub turned_at: u32,
+    #[cfg(feature = "other-layout")]
+    pub timeouts_s: [u32; 4],
     pub seed: Seed,
     pub policy: Policy,
     /// `--set` in seconds, as typed: tcp, tcpfin, udp, and one spare.
+    #[cfg(not(feature = "other-layout"))]
     pub timeouts_s: [u32; 4],
     /// Of so many packets that may begin a connection one is dropped (`drop_packet`); 0: none.
     pub drop_rate: u32,
@@ -477,6 +485,8 @@ pub struct DestState {
     pub persistent: u64,
     /// Local addresses and ports lent so far (FULLNAT): where to look for the next.
     pub lent: u64,
+    #[cfg(feature = "other-layout")]
+    pub spare: [u64; 3],
 }
 
 #[repr(C)]
@@ -514,8 +524,8 @@ pub mod hop {
 }
 pub const REPLY_HOPS_MAX: u32 = 256;
 /// Words of a row of SIDE4 and of SIDE6.
-pub const SIDE4_WORDS: usize = 4;
-pub const SIDE6_WORDS: usize = 8;
+pub const SIDE4_WORDS: usize = if cfg!(feature = "other-layout") { 8 } else { 4 };
+pub const SIDE6_WORDS: usize = if cfg!(feature = "other-layout") { 16 } else { 8 };
 /// Datagrams in fragments at a time: 320 KiB of notes.
 pub const FRAGMENTS_MAX: u32 = 4096;
 /// Words of a note: see [`crate::frag`].
@@ -706,7 +716,7 @@ const _: () = {
     assert!(size_of::<Dest>() == 32);
     assert!(size_of::<Tunnel>() == 24);
     assert!(size_of::<DestInfo>() == 24 + 40);
-    assert!(size_of::<DestState>() == 40);
+    assert!(size_of::<DestState>() == if cfg!(feature = "other-layout") { 64 } else { 40 });
     assert!(size_of::<Local>() == 16);
     assert!(size_of::<Stats>() == 40);
     assert!(size_of::<CpuStats>() == 64);

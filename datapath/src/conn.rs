@@ -33,14 +33,16 @@ use crate::ct::{self, Buckets, Cost, Entry, Family, Found, Hit, Key, LINKED, Loo
 mod addressing;
 pub mod carry;
 pub mod fullnat;
+mod orphans;
 pub mod thin;
 
 pub use addressing::Addressing;
+pub use orphans::{free_orphans, orphan, orphans_due};
 
-pub const DEST_SHIFT: u32 = 19;
+pub const DEST_SHIFT: u32 = if cfg!(feature = "other-layout") { 18 } else { 19 };
 /// Largest dest index; 0 is not one.
 pub const DEST_MAX: u32 = (1 << 20) - 1;
-pub const SYNCED: u64 = 1 << 18;
+pub const SYNCED: u64 = if cfg!(feature = "other-layout") { 1 << 38 } else { 1 << 18 };
 const PACKETS_SHIFT: u32 = 16;
 const PACKETS: u64 = 3 << PACKETS_SHIFT;
 /// A new flow whose client has proved its address (`cookie`): once established it is worth as much as one of many packets.
@@ -767,34 +769,4 @@ pub fn sweep<F: Addressing, C: Conns<F> + ?Sized>(c: &C, bucket: u32, freed: imp
         },
         freed,
     );
-}
-
-/// Is this reverse entry's flow gone? (A reverse entry outlives its forward one only through a race.)
-#[inline(always)]
-pub fn orphan<F: Addressing, C: Conns<F> + ?Sized>(c: &C, entry: &Entry<F::Words>) -> bool {
-    entry.control & REVERSE != 0
-        && ct::is_live(entry.control)
-        && forward_of(c, &entry.key::<F>(c.table().seed()), entry.control).is_none()
-}
-
-/// Full sweeps between two looks for orphans in a bucket: each reverse entry costs a look at its forward one, in memory far away.
-const ORPHAN_SWEEPS: u32 = 256;
-
-/// Is it this bucket's turn to be looked through for orphans?
-#[inline(always)]
-pub fn orphans_due(bucket: u32, sweep: u32) -> bool {
-    (bucket ^ sweep) & (ORPHAN_SWEEPS - 1) == 0
-}
-
-/// Free the orphans of a bucket.
-#[inline(always)]
-pub fn free_orphans<F: Addressing, C: Conns<F> + ?Sized>(c: &C, bucket: u32) {
-    let mut way = 0;
-    while way < F::WAYS {
-        let entry = ct::entry::<F, _>(c.table(), bucket, way);
-        if orphan(c, &entry) {
-            let _ = ct::free::<F, _>(c.table(), &entry);
-        }
-        way += 1;
-    }
 }

@@ -14,15 +14,18 @@
 
 mod errors;
 mod fragments;
+mod wrapped;
+
+use wrapped::into_tunnel;
+pub use wrapped::tunnelled;
 
 use ::core::hint::cold_path;
 
-use crate::abi::{Address, Dest, Hop, Iface, ServiceKey, Tunnel, config, dest, hop, service};
+use crate::abi::{Dest, Hop, Iface, ServiceKey, config, dest, hop, service};
 use crate::conn::{self, Conns, HitOf};
 use crate::cookie;
 use crate::ct::{self, Found, V4, V6};
 use crate::far::{Extras, Far};
-use crate::frag;
 use crate::fullnat;
 use crate::icmp::{Answer, Error};
 use crate::limits;
@@ -32,7 +35,6 @@ use crate::proto::{Way, sctp, tcp};
 use crate::proxy;
 use crate::sched;
 use crate::tables::{Of, Route, Tables};
-use crate::tunnel;
 use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass};
 use crate::vlan::{self, Tags};
 use crate::xmit::{self, End};
@@ -353,7 +355,7 @@ fn established<I: Of<T>, P: Packet, T: Tables>(
                 dest::MASQ => rewrite(p, flow, d, true, hop),
                 dest::TUNNEL => Verdict::go(Stage::Tunnel, index),
                 dest::FULLNAT => {
-                    t.keep(flow);
+                    t.keep(&Flow { dest: index, ..*flow });
                     Verdict::go(Stage::Fullnat, hit.slot::<I>())
                 }
                 _ => drop(Reason::Internal),
@@ -610,82 +612,6 @@ fn forward<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, ind
     }
 }
 
-/// In a tunnel to the dest, of whichever family.
-#[inline(always)]
-fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32, reason: Reason) -> Verdict {
-    let Some(d) = t.dest(index) else { return drop(Reason::Internal) };
-    if d.out as u32 & dest::V6 != 0 {
-        wrap::<I, V6, P, T>(p, t, flow, index, reason)
-    } else {
-        wrap::<I, V4, P, T>(p, t, flow, index, reason)
-    }
-}
-
-#[inline(always)]
-fn wrap<I: Ip, O: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, index: u32, reason: Reason) -> Verdict {
-    let (Some(d), Some(by)) = (t.dest(index), t.tunnel(index)) else { return drop(Reason::Internal) };
-    let (source, to) = (O::from_address(&by.source), O::from_address(&d.address));
-    if source == O::Addr::default() {
-        // The way is not known yet, and so not by which of our addresses.
-        return drop(Reason::NoRoute);
-    }
-    let mut by = *by;
-    let unsummed = I::FAMILY == 6 && flow.by != 0 || !flow.part.is_whole() || flow.sctp;
-    if !t.sized() || reason != Reason::Tunnel || unsummed {
-        // Whoever cuts it into segments would not make an outer checksum of each; and nothing makes up for the sum of extension headers, of a
-        // part of a datagram, or of SCTP, whose checksum is no sum.
-        by.flags = 0;
-    }
-    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
-    let mut mtu = u32::from(d.mtu);
-    if hop.ifindex == 0 {
-        match t.route::<O>([source, to], O::TUNNELLED, 0, &mut hop) {
-            Route::Hop => mtu = 0,
-            Route::NoNeighbour => return drop(Reason::NoNeighbour),
-            _ => return drop(Reason::NoRoute),
-        }
-    }
-    if !t.sized() {
-        // (It is of segments, which fit.)
-        mtu = u32::MAX;
-    }
-    let to = d.address;
-    match tunnelled::<I, O, P>(p, flow, &by, &to, &hop, mtu, reason) {
-        Ok(verdict) => verdict,
-        Err(_) if reason != Reason::Tunnel => drop(Reason::TooBig),
-        Err(room) if !I::may_fragment(p) => Verdict::go(Stage::TooBig, room),
-        Err(room) if t.takes() => {
-            // Its parts come by here again, and are counted then.
-            t.uncount_in(index, flow.len);
-            Verdict::go(Stage::Large, room)
-        }
-        Err(_) => drop(Reason::TooBig),
-    }
-}
-
-/// The same to a next hop that is known. `Err`: how large it may be at most, as it came.
-#[inline(always)]
-pub fn tunnelled<I: Ip, O: Ip, P: Packet>(
-    p: &mut P,
-    flow: &Flow<I>,
-    by: &Tunnel,
-    to: &Address,
-    hop: &Hop,
-    mtu: u32,
-    reason: Reason,
-) -> Result<Verdict, u32> {
-    // As large as an Ethernet frame, where nobody says otherwise.
-    let (mtu, overhead) = (if mtu == 0 { 1500 } else { mtu }, tunnel::overhead::<O>(by));
-    if flow.len + overhead > mtu {
-        return Err(mtu.saturating_sub(overhead));
-    }
-    if !tunnel::wrap::<I, O, P>(p, flow, by, to, hop) {
-        return Ok(drop(Reason::Internal));
-    }
-    let back = hop.ifindex == p.ifindex();
-    Ok(Verdict::new(if back { Action::Back } else { Action::Out(hop.ifindex) }, reason))
-}
-
 /// The real server is this host: up, translated if it listens elsewhere.
 #[inline(always)]
 fn deliver<I: Ip, P: Packet>(p: &mut P, flow: &Flow<I>, d: &Dest, masq: bool) -> Verdict {
@@ -771,14 +697,7 @@ pub fn leave<I: Of<T> + Extras, P: Frame, T: Tables>(p: &mut P, t: &T) -> Option
     let p = &mut far;
     let c = I::conns(t);
     if flow.part.is_later() {
-        let frag::Found::Note(note) = t.find_note(&fragments::datagram(&flow)) else { return None };
-        if note.kind != frag::Kind::Reply || flow.part.at() < note.end {
-            return None;
-        }
-        t.count_out(note.dest, flow.len);
-        let from = I::from_pair(note.source);
-        let done = xmit::translate_any::<I, _>(p, &flow, End::Source, from, 0, false);
-        return Some(if done { Verdict::new(Action::Up, Reason::MasqReply) } else { drop(Reason::Internal) });
+        return fragments::leave(p, t, &flow);
     }
     let Found::Live(reverse) = ct::lookup::<I, _>(c.table(), &flow.key) else { return None };
     if reverse.control & ct::REVERSE == 0 {

@@ -83,6 +83,9 @@ pub trait Buckets<F: Family> {
     where
         Self: 'a;
     fn bucket(&self, n: u32) -> Self::B<'_>;
+    /// What is kept beside this bucket's entries may be asked for next: a moment to begin to fetch it, while the bucket itself is on its way.
+    #[inline(always)]
+    fn beside(&self, _n: u32) {}
     /// Number of buckets - 1.
     fn mask(&self) -> u32;
     /// Secret of this table: without it nobody can aim flows at one bucket.
@@ -363,6 +366,7 @@ fn find<'a, F: Family, T: Buckets<F>>(
 #[inline(always)]
 pub fn lookup<'a, F: Family, T: Buckets<F>>(t: &'a T, key: &Key<F::Words>) -> Found<T::B<'a>> {
     let homes = homes::<F>(key, t.seed());
+    t.beside(homes.home & t.mask());
     let mut weak = 0;
     if let Some(hit) = find::<F, T>(t, homes.home & t.mask(), &key.words, key.control, &mut weak) {
         return Found::Live(hit);

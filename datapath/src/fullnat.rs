@@ -12,7 +12,7 @@
 //! came after its own SYN: the option may be lost with a packet, and a server looks at the segment that completes the handshake, or at
 //! the first with data, or both. Never in the SYN, where SYN cookies forget it. An option 254 of the client's own is blanked meanwhile.
 
-use crate::abi::Dest;
+use crate::abi::{Dest, Hop};
 use crate::conn::{self, Conns, fullnat as lent, fullnat::Tells};
 use crate::cookie;
 use crate::core::{replied, server};
@@ -121,30 +121,28 @@ pub fn request<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>,
         }
     }
     let destination = server(flow, d);
-    let mut hop = t.hop((d.out >> 32) as u32).copied().unwrap_or_default();
-    let route = match hop.ifindex {
-        0 => t.route::<I>([side.address, destination.0], flow.protocol(), flow.len, &mut hop),
-        _ => Route::Hop,
-    };
-    let resolve = route == Route::NoNeighbour && t.resolves();
-    match route {
-        Route::Hop => {}
-        _ if resolve => {}
-        // (The kernel would not forward what seems to come from itself.)
-        Route::NoNeighbour => return drop(Reason::NoNeighbour),
-        _ => return drop(Reason::NoRoute),
-    }
-    let acknowledged = if flow.flags & tcp::ACK != 0 { side.back().wrapping_neg() } else { 0 };
-    let ends = Ends { source: (side.address, side.port()), destination, sequence: side.delta, acknowledged };
-    if !xmit::readdress::<I, P>(p, flow, &ends, true) {
-        return drop(Reason::Internal);
-    }
     let reason = match number & BARE {
         _ if d.lends_own() => Reason::Masq,
         0 => Reason::Fullnat,
         _ => Reason::FullnatBare,
     };
-    if resolve { Verdict::resolve(hop.ifindex, reason) } else { xmit::send(p, &hop, reason) }
+    let acknowledged = if flow.flags & tcp::ACK != 0 { side.back().wrapping_neg() } else { 0 };
+    let ends = Ends { source: (side.address, side.port()), destination, sequence: side.delta, acknowledged };
+    let mut found = Hop::default();
+    let (hop, resolve) = match t.hop((d.out >> 32) as u32) {
+        Some(hop) if hop.ifindex != 0 => (hop, false),
+        _ => match t.route::<I>([side.address, destination.0], flow.protocol(), flow.len, &mut found) {
+            Route::Hop => (&found, false),
+            Route::NoNeighbour if t.resolves() => (&found, true),
+            // (The kernel would not forward what seems to come from itself.)
+            Route::NoNeighbour => return drop(Reason::NoNeighbour),
+            _ => return drop(Reason::NoRoute),
+        },
+    };
+    if !xmit::readdress::<I, P>(p, flow, &ends, true) {
+        return drop(Reason::Internal);
+    }
+    if resolve { Verdict::resolve(hop.ifindex, reason) } else { xmit::send(p, hop, reason) }
 }
 
 #[inline(always)]
@@ -157,7 +155,8 @@ type Side<I> = lent::Side<<I as conn::Addressing>::Addr>;
 #[inline(always)]
 fn flow_at<'t, I: Of<T>, T: Tables>(t: &'t T, flow: &Flow<I>, slot: ct::Slot) -> Option<(&'t Dest, Side<I>)> {
     let c = I::conns(t);
-    let index = conn::dest_at::<I, _>(c, &flow.key, slot)?;
+    // (The row is this flow's or not at all, whatever becomes of the entry meanwhile.)
+    let index = if flow.dest != 0 { flow.dest } else { conn::dest_at::<I, _>(c, &flow.key, slot)? };
     Some((t.dest(index)?, lent::side::<I, _>(c, slot, &flow.key)?))
 }
 
@@ -331,6 +330,18 @@ pub fn reply<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, n
     let hop = if same_second { conn::hop(reverse.control) } else { 0 };
     if hop != 0 {
         conn::remember::<I, _, _>(c, &flow.key, &reverse, control, hop);
+        if side.cookie == 0
+            && let Some(hop) = t.reply_hop(hop)
+            && hop.ifindex != 0
+        {
+            // Nearly always all is known.
+            let key = entry.key::<I>(c.table().seed());
+            if !side.is_of(&key) {
+                return drop(Reason::Entering);
+            }
+            let done = answer::<I, P>(p, flow, &key, &side, 0, true);
+            return if done { xmit::send(p, hop, reply_reason(t, control)) } else { drop(Reason::Internal) };
+        }
     }
     t.keep(flow);
     Verdict::go(Stage::FullnatSend, entry.slot | u32::from(hop) << HOP_SHIFT)
@@ -364,17 +375,35 @@ pub fn send<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>, nu
             None => return drop(Reason::Internal),
         }
     }
+    if !answer::<I, P>(p, flow, &key, &side, sequence, route == Route::Hop || resolve) {
+        return drop(Reason::Internal);
+    }
+    xmit::leave(p, route, resolve, &hop, reply_reason(t, entry.control))
+}
+
+/// Addresses, ports and sequence numbers as its client knows them. `sequence` is added to the server's; `forward` as in [`xmit::readdress`].
+#[inline(always)]
+fn answer<I: Ip, P: Packet>(
+    p: &mut P,
+    flow: &Flow<I>,
+    client: &Key<I::Words>,
+    side: &Side<I>,
+    sequence: u32,
+    forward: bool,
+) -> bool {
     let ends = Ends {
-        source: (virtual_address, key.dport()),
-        destination: (client, key.sport()),
+        source: (I::destination(&client.words), client.dport()),
+        destination: (I::source(&client.words), client.sport()),
         sequence,
         acknowledged: if flow.flags & tcp::ACK != 0 { side.delta.wrapping_neg() } else { 0 },
     };
-    if !xmit::readdress::<I, P>(p, flow, &ends, route == Route::Hop || resolve) {
-        return drop(Reason::Internal);
-    }
-    let own = t.dest(conn::dest(entry.control)).is_some_and(Dest::lends_own);
-    xmit::leave(p, route, resolve, &hop, if own { Reason::MasqReply } else { Reason::FullnatReply })
+    xmit::readdress::<I, P>(p, flow, &ends, forward)
+}
+
+#[inline(always)]
+fn reply_reason<T: Tables>(t: &T, forward: u64) -> Reason {
+    let own = t.dest(conn::dest(forward)).is_some_and(Dest::lends_own);
+    if own { Reason::MasqReply } else { Reason::FullnatReply }
 }
 
 /// The options of a reply: room for the client's address in what the client is told to send at most, and selective acknowledgements as it

@@ -52,6 +52,7 @@ pub fn into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, index: u32) ->
         part: Part::WHOLE,
         len,
         cookie: 0,
+        dest: index,
         error: false,
     };
     let mtu = u32::from(d.mtu);

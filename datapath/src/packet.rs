@@ -484,6 +484,8 @@ pub struct Flow<I: Ip> {
     pub len: u32,
     /// What its client has proved its address with (`cookie`); 0: nothing.
     pub cookie: u32,
+    /// The dest of its connection, where that has been looked up before; 0: not.
+    pub dest: u32,
     /// The packet is an ICMP error about this flow (`schedule_icmp`).
     pub error: bool,
 }
@@ -608,5 +610,5 @@ fn transport<I: Ip, P: Packet>(p: &mut P, place: &Place) -> Result<Flow<I>, Verd
         (tcp, sctp) = (proto == conn::TCP, proto == conn::SCTP);
     }
     let key = Key::of(I::addresses(&w), u32::from_be(ports), proto);
-    Ok(Flow { key, tcp, sctp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len, cookie: 0, error: false })
+    Ok(Flow { key, tcp, sctp, flags, ttl: w.r8(I::TTL), by: by as u16, part, len, cookie: 0, dest: 0, error: false })
 }

@@ -320,6 +320,8 @@ reasons! {
     FragmentSctp "fragment_sctp" Drop "a fragment of SCTP by NAT to another port: its checksum is over the whole datagram";
     FragmentConflict "fragment_conflict" Drop "a fragment of two datagrams with the same id that go different ways";
     FragmentFlood "fragment_flood" Drop "a fragment that came before the first one of its datagram: more of them than rvsd can be handed, or too long";
+    FragmentLost "fragment_lost" Drop "a fragment that rvsd held: the first one of its datagram did not come, or others needed the room";
+    HeldLost "held_lost" Drop "rvsd held it, and could not send it on: its interface or the program there is gone, or the tunnel has no room for any part of it";
     Extensions "extension_headers" Drop "IPv6 extension headers that end behind the packet's end";
     Martian "martian_source" Drop "a source address that no client can have";
     TableFull "table_full" Drop "connection table full of flows that must not be evicted";

@@ -46,8 +46,10 @@ const BLOCK: usize = 7;
 const COUNTS: usize = 8;
 /// The packet as it was, from here on. (On the stack there is no room for it: the data plane takes nearly all.)
 const SAVED: usize = 16;
-/// Not 0: what a server sees of a flow is kept when its SYN goes by, and replies are to that.
+/// 1: what a server sees of a flow is kept when its SYN goes by, and replies are to that. 2: the place where that would be kept is looked at for each
+/// reply: what that takes is part of the way, and must be the same where it is compared.
 const LENDS: usize = 30;
+const KEPT: u64 = 1;
 /// Not 0: flows come by Zipf's law, of so many bits.
 const ZIPF: usize = 31;
 
@@ -132,7 +134,7 @@ fn with_flow<I: Ip>(ctx: &XdpContext, next: impl FnOnce(Words) -> Next, f: impl 
     let (Some(b), Some(p)) = (BENCH.get_ptr_mut(0), packet::<I>(ctx)) else { return XDP_ABORTED };
     let b = Words(b as *mut u64);
     let Next { flow, flags, reply } = next(b);
-    let (lends, len) = (b.get(LENDS) != 0, ctx.data_end() - ctx.data());
+    let (lends, len) = (b.get(LENDS), ctx.data_end() - ctx.data());
     // SAFETY: bytes of the packet, checked above. Volatile: LLVM must not see that bytes put back are the same.
     unsafe {
         let mut i = 0;
@@ -142,15 +144,17 @@ fn with_flow<I: Ip>(ctx: &XdpContext, next: impl FnOnce(Words) -> Next, f: impl 
         }
         let (client, port) = ((CLIENTS + (flow / PORTS) as u32).to_be(), FIRST_PORT | (flow % PORTS) as u16);
         let last = I::DESTINATION - I::SOURCE - 4;
-        if reply && lends {
+        if reply && lends == KEPT {
             let Some(lent) = LENT.get(flow as u32) else { return XDP_ABORTED };
             (p.add(I::SOURCE + last) as *mut u32).write_volatile(lent[0] as u32);
             (p.add(I::DESTINATION + last) as *mut u32).write_volatile((lent[0] >> 32) as u32);
             (p.add(I::L4) as *mut u16).write_volatile((b.get(SERVER_PORT) as u16).to_be());
             (p.add(I::L4 + 2) as *mut u16).write_volatile(lent[1] as u16);
         } else if reply {
-            (p.add(I::SOURCE + last) as *mut u32).write_volatile((b.get(SERVERS) as u32 + (flow & 7) as u32).to_be());
-            (p.add(I::DESTINATION + last) as *mut u32).write_volatile(client);
+            let empty = if lends != 0 { LENT.get(flow as u32).map_or(0, |lent| lent[0] as u32) } else { 0 };
+            let server = (b.get(SERVERS) as u32 + (flow & 7) as u32).to_be();
+            (p.add(I::SOURCE + last) as *mut u32).write_volatile(server ^ empty);
+            (p.add(I::DESTINATION + last) as *mut u32).write_volatile(client ^ empty);
             (p.add(I::L4) as *mut u16).write_volatile((b.get(SERVER_PORT) as u16).to_be());
             (p.add(I::L4 + 2) as *mut u16).write_volatile(port.to_be());
         } else {
@@ -168,7 +172,7 @@ fn with_flow<I: Ip>(ctx: &XdpContext, next: impl FnOnce(Words) -> Next, f: impl 
         }
         // The program may have moved the packet, for all the verifier knows.
         let Some(p) = packet::<I>(ctx) else { return XDP_ABORTED };
-        if lends
+        if lends == KEPT
             && flags == Some(SYN)
             && let Some(lent) = LENT.get_ptr_mut(flow as u32)
         {

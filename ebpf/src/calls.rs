@@ -44,7 +44,8 @@ struct Kept<W> {
     /// `len:32 | by / 4:8 | 0:5 | error:1 | sctp:1 | tcp:1 | flags:8 | ttl:8`
     rest: u64,
     part: u64,
-    cookie: u64,
+    /// `dest:32 | cookie:32`
+    known: u64,
 }
 
 const _: () = assert!(size_of::<Scratch<V4>>() <= 8 * SCRATCH_WORDS);
@@ -67,15 +68,14 @@ pub fn keep<I: Ip>(flow: &Flow<I>) {
     let head =
         (flow.by as u64 / 4) << 24 | (flow.error as u64) << 18 | (flow.sctp as u64) << 17 | (flow.tcp as u64) << 16;
     let rest = (flow.len as u64) << 32 | head | (flow.flags as u64) << 8 | flow.ttl as u64;
+    let known = (flow.dest as u64) << 32 | flow.cookie as u64;
     // SAFETY: this CPU's own memory, see above.
-    unsafe {
-        (*scratch::<I>()).flow = Kept { key: flow.key, rest, part: flow.part.word(), cookie: flow.cookie as u64 }
-    };
+    unsafe { (*scratch::<I>()).flow = Kept { key: flow.key, rest, part: flow.part.word(), known } };
 }
 #[inline(always)]
 pub fn kept<I: Ip>() -> Flow<I> {
     // SAFETY: as above.
-    let Kept { key, rest, part, cookie } = unsafe { (*scratch::<I>()).flow };
+    let Kept { key, rest, part, known } = unsafe { (*scratch::<I>()).flow };
     Flow {
         key,
         tcp: rest >> 16 & 1 != 0,
@@ -85,7 +85,8 @@ pub fn kept<I: Ip>() -> Flow<I> {
         by: (rest >> 24 & 0xff) as u16 * 4,
         part: Part::from_word(part),
         len: (rest >> 32) as u32,
-        cookie: cookie as u32,
+        cookie: known as u32,
+        dest: (known >> 32) as u32,
         error: rest >> 18 & 1 != 0,
     }
 }

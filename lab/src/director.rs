@@ -42,6 +42,8 @@ impl fmt::Display for Hook {
 #[derive(Debug)]
 pub struct Director<'a> {
     node: NodeHandle<'a>,
+    /// Its program.
+    program: &'static str,
     args: Vec<String>,
     process: Option<Process>,
 }
@@ -54,7 +56,17 @@ impl<'a> Director<'a> {
 
     /// The same with more options.
     pub fn start_with(node: NodeHandle<'a>, interfaces: &[(&str, Option<Hook>)], options: &[&str]) -> Result<Self> {
-        let mut director = Self { node, args: Vec::new(), process: None };
+        Self::start_as("rvsd", node, interfaces, options)
+    }
+
+    /// The same by another program.
+    pub fn start_as(
+        program: &'static str,
+        node: NodeHandle<'a>,
+        interfaces: &[(&str, Option<Hook>)],
+        options: &[&str],
+    ) -> Result<Self> {
+        let mut director = Self { node, program, args: Vec::new(), process: None };
         director.args =
             ["--socket".to_owned(), shown(director.socket()), "--pin".to_owned(), shown(director.pins())].into();
         for (interface, hook) in interfaces {
@@ -68,10 +80,15 @@ impl<'a> Director<'a> {
 
     /// Starts rvsd with the same arguments, after its end.
     pub fn start_again(&mut self) -> Result<()> {
-        let process = self.node.spawn("rvsd", Command::new(program("rvsd")?).args(&self.args))?;
+        let process = self.node.spawn("rvsd", Command::new(program(self.program)?).args(&self.args))?;
         process.wait_line("rvsd: ready", READY_TIME)?;
         self.process = Some(process);
         Ok(())
+    }
+
+    /// From its next start on it is this program.
+    pub fn becomes(&mut self, program: &'static str) {
+        self.program = program;
     }
 
     /// `kill -9`, and waits until it is gone.

@@ -15,6 +15,8 @@ use crate::lab::NodeHandle;
 
 /// The name that a lab's DNS servers answer a TXT question for.
 pub const DNS_NAME: &str = "whoami.lab";
+/// ... and one whose answer, over 4,000 bytes, goes in several packets.
+pub const DNS_LARGE: &str = "large.lab";
 
 /// Failures are counted all; their texts are kept up to this number.
 const KEPT_FAILURES: usize = 5;

@@ -81,6 +81,9 @@ fn start_dns(name: &str, ns: &Netns, dir: &Path) -> Result<Process> {
         "--pid-file=",
     ]);
     command.arg(format!("--port={DNS_PORT}")).arg(format!("--txt-record={},{name}", load::DNS_NAME));
+    // An answer that goes in several packets: sixteen strings of 250 bytes.
+    let large: String = (0..16u8).map(|i| format!(",{}", char::from(b'a' + i).to_string().repeat(250))).collect();
+    command.arg(format!("--txt-record={}{large}", load::DNS_LARGE)).arg("--edns-packet-max=4096");
     let process = Process::spawn("dnsmasq", ns, &mut command, dir)?;
     let target = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), DNS_PORT);
     wait_ready(&process, &format!("dnsmasq of {name}"), || {

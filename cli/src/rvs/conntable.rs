@@ -7,7 +7,7 @@ use rvs_control::api::{RequestBody, Resize, ResponseBody, StateRow, TableRow, Ta
 
 use super::Error;
 use super::show::{put, put_json};
-use crate::backend::{Client, unexpected};
+use crate::backend::{BackendError, Client, unexpected};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Args {
@@ -60,7 +60,7 @@ fn wait(client: &mut Client<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-fn report(client: &mut Client<'_>) -> Result<TablesReport, Error> {
+pub(super) fn report(client: &mut Client<'_>) -> Result<TablesReport, BackendError> {
     let mut report = None;
     client.query(RequestBody::Tables, |body| match body {
         ResponseBody::Tables(found) => {
@@ -69,7 +69,7 @@ fn report(client: &mut Client<'_>) -> Result<TablesReport, Error> {
         }
         other => Err(unexpected(&other)),
     })?;
-    report.ok_or_else(|| unexpected(&ResponseBody::Done).into())
+    report.ok_or_else(|| unexpected(&ResponseBody::Done))
 }
 
 fn text(report: &TablesReport) -> String {

@@ -1,6 +1,7 @@
 //! What listings are made of.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -231,6 +232,24 @@ pub struct TablesMove {
     pub left: u64,
     /// ... that could not be moved when last tried: they stay there until they end.
     pub stuck: u64,
+}
+
+/// What an upgrade comes to: said by the new rvsd, and handed on by the old one, so nothing but fields is ever added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeReport {
+    /// The new rvsd.
+    pub program: PathBuf,
+    pub version: String,
+    /// The layouts of the pinned maps, by their numbers: today's ...
+    pub from: String,
+    /// ... and the new rvsd's.
+    pub to: String,
+    /// Connections of IPv4 and of IPv6 to be moved; none if the layout is the same.
+    pub flows: [u32; 2],
+    /// Bytes of new maps, beside the old ones for a while.
+    pub memory: u64,
+    /// The maps that are made anew. All others stay.
+    pub maps: Vec<String>,
 }
 
 /// What answers, and how it is.

@@ -18,9 +18,9 @@ use super::{Addressing, Conns, HitOf, Place, Reply, ReplyOf, dest, link_of, slot
 use crate::ct::{self, Bucket, Buckets, Entry, Key, LINKED, REVERSE, Slot};
 
 /// Words of a row, and where the address lies in it.
-pub const ADDRESS: usize = 3;
-const WHO: usize = 0;
-const CLIENT: usize = 1;
+pub const ADDRESS: usize = if cfg!(feature = "other-layout") { 4 } else { 3 };
+const WHO: usize = if cfg!(feature = "other-layout") { 1 } else { 0 };
+const CLIENT: usize = if cfg!(feature = "other-layout") { 0 } else { 1 };
 const SERVER: usize = 2;
 
 /// The server has heard from the client what it needs to know: nothing more is put into its packets.

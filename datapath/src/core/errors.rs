@@ -69,6 +69,7 @@ fn about<I: Ip>(error: &Related<I>) -> Flow<I> {
         part: Part::WHOLE,
         len: error.len,
         cookie: 0,
+        dest: 0,
         error: true,
     }
 }
@@ -298,7 +299,7 @@ fn error_to_server<I: Ip, P: Packet, T: Tables>(
 /// Its outer headers have no checksum: there is none to make one of without reading it all.
 #[inline(always)]
 fn error_into_tunnel<I: Ip, P: Packet, T: Tables>(p: &mut P, t: &T, error: &Related<I>, index: u32) -> Verdict {
-    let flow = Flow { tcp: true, sctp: false, ..about(error) };
+    let flow = Flow { tcp: true, sctp: false, dest: index, ..about(error) };
     into_tunnel(p, t, &flow, index, Reason::ErrorIn)
 }
 

@@ -7,8 +7,8 @@ use crate::ct::{self, Found};
 use crate::frag::{self, Kind, Note};
 use crate::packet::{Flow, Ip, L3, Packet};
 use crate::tables::{Of, Route, Tables};
-use crate::verdict::{Reason, Stage, Verdict, drop, pass, stranger};
-use crate::xmit;
+use crate::verdict::{Action, Reason, Stage, Verdict, drop, pass, stranger};
+use crate::xmit::{self, End};
 
 /// Of which datagram this fragment is.
 #[inline(always)]
@@ -138,6 +138,19 @@ pub(super) fn elsewhere<I: Of<T>, T: Tables>(t: &T, flow: &Flow<I>, verdict: u32
         t.leave_note(&datagram(flow), &Note::ELSEWHERE);
     }
     Verdict::from_word(u64::from(verdict))
+}
+
+/// A reply of a real server that is this host, as it leaves: after the first fragment.
+#[inline(always)]
+pub(super) fn leave<I: Of<T>, P: Packet, T: Tables>(p: &mut P, t: &T, flow: &Flow<I>) -> Option<Verdict> {
+    let frag::Found::Note(note) = t.find_note(&datagram(flow)) else { return None };
+    if note.kind != Kind::Reply || flow.part.at() < note.end {
+        return None;
+    }
+    t.count_out(note.dest, flow.len);
+    let from = I::from_pair(note.source);
+    let done = xmit::translate_any::<I, _>(p, flow, End::Source, from, 0, false);
+    Some(if done { Verdict::new(Action::Up, Reason::MasqReply) } else { drop(Reason::Internal) })
 }
 
 /// As far as a fragment without ports says.

@@ -6,6 +6,7 @@
 mod bad_input;
 mod defence;
 mod devices;
+mod early;
 mod flooded;
 mod fragments;
 mod layouts;
@@ -20,9 +21,12 @@ mod sctp;
 mod seen;
 mod support;
 mod talk;
+mod tools;
+mod talking;
 mod traffic;
 mod transfers;
 mod tutorials;
+mod upgraded;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -36,6 +40,7 @@ fn main() {
         tutorials::tests(),
         layouts::tests(),
         resized::tests(),
+        upgraded::tests(),
         restart::tests(),
         transfers::tests(),
         paths::tests(),
@@ -43,6 +48,7 @@ fn main() {
         traffic::tests(),
         flooded::tests(),
         fragments::tests(),
+        early::tests(),
         sctp::tests(),
         bad_input::tests(),
         defence::tests(),
@@ -50,6 +56,7 @@ fn main() {
         proxied::tests(),
         scale::tests(),
         seen::tests(),
+        tools::tests(),
     ];
     let trial = |test: support::Test| Trial::ignorable_test(test.name, test.run).with_ignored_flag(!root);
     libtest_mimic::run(&Arguments::from_args(), tests.into_iter().flatten().map(trial).collect()).exit();

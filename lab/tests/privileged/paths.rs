@@ -26,7 +26,7 @@ const CHUNK: usize = 64 * 1024;
 /// a fault of ours.
 const STALL: Duration = Duration::from_secs(5);
 /// Sockets give up only long after a stall, so that how long it was is told.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 const PORT: u16 = 9000;
 
 fn paths(hook: Hook, offload: bool) -> TestResult {
@@ -107,7 +107,7 @@ fn forget(lab: &Lab) -> TestResult {
     Ok(())
 }
 
-struct Took {
+pub struct Took {
     all: Duration,
     pause: Duration,
 }
@@ -128,7 +128,7 @@ fn payload() -> &'static [u8] {
 }
 
 /// All of it from one end to the other. Both look at how long nothing came or went.
-fn transfer(lab: &Lab, vip: SocketAddr, listener: &TcpListener, upload: bool) -> TestResult<Took> {
+pub fn transfer(lab: &Lab, vip: SocketAddr, listener: &TcpListener, upload: bool) -> TestResult<Took> {
     // Made before anything is timed.
     payload();
     let begin = Instant::now();

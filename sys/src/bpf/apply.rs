@@ -250,7 +250,13 @@ impl Maps {
     /// ActiveConn, InActConn and persistent connections of a dest.
     pub fn connections_of(&self, dest: u32) -> Result<[u32; 3]> {
         let s = self.dest_state.get(dest)?;
-        Ok([s.active, s.inactive, s.persistent].map(|n| u32::try_from((n as i64).max(0)).unwrap_or(u32::MAX)))
+        let elder = self.elder_state.as_ref().map_or_else(Default::default, |e| e.get::<abi::DestState>(dest));
+        let all = [
+            s.active.wrapping_add(elder.active),
+            s.inactive.wrapping_add(elder.inactive),
+            s.persistent.wrapping_add(elder.persistent),
+        ];
+        Ok(all.map(|n| u32::try_from((n as i64).max(0)).unwrap_or(u32::MAX)))
     }
 
     /// What the maps hold, for the control plane to take over.

@@ -313,6 +313,28 @@ fn pins(folder: &Path) -> Result<Vec<(PathBuf, String, Hook)>> {
     Ok(all)
 }
 
+/// The program pinned at `pin` into the place that another one has there.
+///
+/// # Errors
+/// The kernel refuses, or a pin is gone.
+pub(super) fn put_back(dir: &Path, a: &Attached, pin: &Path) -> Result<()> {
+    let at = || format!("put the old {} back on {}", a.hook.program(), a.name);
+    if a.link != 0 {
+        let program = ProgramInfo::from_pin(pin).and_then(|info| info.fd()).map_err(failed(at()))?;
+        let link = raw::get(&link_pin(dir, &a.name, a.hook)).map_err(failed(at()))?;
+        return raw::link_update(link.as_fd(), program.as_fd()).map_err(failed(at()));
+    }
+    let Some(direction) = a.hook.direction() else { return Ok(()) };
+    let mut program = SchedClassifier::from_pin(pin).map_err(failed(at()))?;
+    let there = SchedClassifierLink::attached(&a.name, direction, PRIORITY, HANDLE, None).map_err(failed(at()))?;
+    let id = program.attach_to_link(there).map_err(failed(at()))?;
+    // Dropped, it would take the filter away.
+    std::mem::forget(program.take_link(id).map_err(failed(at()))?);
+    let path = filter_pin(dir, &a.name, a.hook);
+    let _ = std::fs::remove_file(&path);
+    program.pin(&path).map_err(failed(format!("pin {}", path.display())))
+}
+
 /// Take a program off, and its pin away. False: none was there.
 ///
 /// # Errors

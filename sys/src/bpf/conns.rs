@@ -1,12 +1,13 @@
 //! The connection tables as the daemon sees them: the same memory and the same code as the programs', read without a system call.
 
-use rvs_datapath::abi::{Clock, Config, Dest, SIDE4_WORDS, SIDE6_WORDS};
+use rvs_datapath::abi::{Clock, Config, Dest};
 use rvs_datapath::conn::{self, Addressing, Conns, Policy};
 use rvs_datapath::ct::{self, Bucket, Buckets, Family, Found, Key, Rank, Seed};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Table;
+use super::layouts::{Layout, OURS};
 use super::raw::Mapping;
 
 /// One family's table.
@@ -16,6 +17,8 @@ pub struct ConnTable<F: Family> {
     config: Config,
     now_s: u32,
     beside: Option<Beside>,
+    /// How the words are to be read.
+    layout: &'static Layout,
     family: std::marker::PhantomData<F>,
 }
 
@@ -25,18 +28,40 @@ pub(super) struct Beside {
     pub dests: Table<Dest>,
 }
 
-/// One bucket.
+/// One bucket, or a row beside an entry, in our own words whatever its layout.
 #[derive(Clone, Copy)]
-pub struct Line<'a>(&'a [AtomicU64]);
+pub struct Line<'a> {
+    words: &'a [AtomicU64],
+    read: Read,
+}
+
+#[derive(Clone, Copy)]
+enum Read {
+    AsIs,
+    /// The last of each so many words is a control word.
+    Entries(usize, fn(u64) -> u64),
+    /// Which word is our first, second, ...
+    Row(&'static [usize]),
+}
+
+/// Only reading is done of other layouts: nothing is written there.
 impl Bucket for Line<'_> {
     fn load(&self, word: usize) -> u64 {
-        self.0[word].load(Ordering::Acquire)
+        let at = if let Read::Row(at) = self.read { at[word] } else { word };
+        let there = self.words[at].load(Ordering::Acquire);
+        match self.read {
+            Read::Entries(each, ours) if word % each == each - 1 => ours(there),
+            _ => there,
+        }
     }
     fn store(&self, word: usize, value: u64) {
-        self.0[word].store(value, Ordering::Release);
+        if let Read::AsIs = self.read {
+            self.words[word].store(value, Ordering::Release);
+        }
     }
     fn cas(&self, word: usize, old: u64, new: u64) -> bool {
-        self.0[word].compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        let done = || self.words[word].compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        matches!(self.read, Read::AsIs) && done()
     }
 }
 
@@ -75,16 +100,25 @@ pub struct Belongs {
     pub reply: bool,
 }
 
-impl<F: Family> ConnTable<F> {
-    const SIDE_WORDS: usize = if F::KEYS == 1 { SIDE4_WORDS } else { SIDE6_WORDS };
-}
-
 impl<F: Addressing + rvs_datapath::packet::Ip> ConnTable<F> {
     pub(super) fn new(mapping: Mapping, mask: u32, config: Config) -> Self {
-        ConnTable { mapping, mask, config, now_s: 0, beside: None, family: std::marker::PhantomData }
+        ConnTable { mapping, mask, config, now_s: 0, beside: None, layout: &OURS, family: std::marker::PhantomData }
     }
     pub(super) fn beside(self, beside: Beside) -> Self {
         ConnTable { beside: Some(beside), ..self }
+    }
+    pub(super) fn laid_out(self, layout: &'static Layout) -> Self {
+        ConnTable { layout, ..self }
+    }
+    /// Where in the table the control word of a slot lies, and the word itself, as it is there.
+    pub(super) fn control_there(&self, slot: ct::Slot) -> (u32, u64) {
+        let (bucket, way) = self.place(slot);
+        let at = bucket as usize * F::WORDS + way * (F::KEYS + 1) + F::KEYS;
+        (at as u32, self.mapping.words()[at].load(Ordering::Acquire))
+    }
+    /// Such a word, as we would have it.
+    pub(super) fn ours(&self, control: u64) -> u64 {
+        (self.layout.control)(control)
     }
     /// Live entries that are flows (and not for their replies), and all entries.
     pub fn counted(&self) -> [u32; 2] {
@@ -176,7 +210,8 @@ impl<F: Addressing> Buckets<F> for ConnTable<F> {
     type B<'a> = Line<'a>;
     fn bucket(&self, n: u32) -> Line<'_> {
         let at = (n & self.mask) as usize * F::WORDS;
-        Line(&self.mapping.words()[at..at + F::WORDS])
+        let read = if self.layout.is_ours() { Read::AsIs } else { Read::Entries(F::KEYS + 1, self.layout.control) };
+        Line { words: &self.mapping.words()[at..at + F::WORDS], read }
     }
     fn mask(&self) -> u32 {
         self.mask
@@ -211,8 +246,10 @@ impl<F: Addressing> Conns<F> for ConnTable<F> {
     fn side(&self, slot: ct::Slot) -> Option<Line<'_>> {
         let words = self.beside.as_ref()?.sides.words();
         // As long as no flow needs it there is one row, of nobody.
-        let at = slot as usize * Self::SIDE_WORDS;
-        words.get(at..at + Self::SIDE_WORDS).map(Line)
+        let row = self.layout.side(if F::KEYS == 1 { 4 } else { 6 });
+        let at = slot as usize * row.words;
+        let read = if self.layout.is_ours() { Read::AsIs } else { Read::Row(row.at) };
+        words.get(at..at + row.words).map(|words| Line { words, read })
     }
 }
 

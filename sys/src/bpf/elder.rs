@@ -12,24 +12,25 @@
 
 use super::attach::Hook;
 use super::conns::Beside;
+use super::layouts::{Foreign, Layout};
 use super::shapes::Flat;
 use super::{
-    ALWAYS, BpfError, ConnTable, Dataplane, Result, Shape, Sizes, Table, attach, failed, gates, generation, make, raw,
+    ALWAYS, BpfError, ConnTable, Dataplane, Result, Shape, Sizes, attach, failed, gates, generation, make, raw,
 };
 use crate::memory;
 use aya::programs::{ProgramFd, ProgramInfo};
 use rvs_datapath::abi::{self, Clock, Config, Leave, MOVES_MAX, Move, map, moves};
 use rvs_datapath::conn::carry::{self, Carried};
 use rvs_datapath::conn::{self, Addressing, Conns};
-use rvs_datapath::ct::{self, Buckets, Entry, Family, V4, V6};
+use rvs_datapath::ct::{self, Entry, Family, V4, V6};
 use rvs_datapath::elder::{ELDER, FLAGS_WORD};
 use rvs_datapath::packet::Ip;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 /// Maps that each data plane has of its own, where only the sizes of tables differ. The rest is shared.
-const OWN: [&str; 8] =
+pub(super) const OWN: [&str; 8] =
     [map::CONFIG, map::CLOCK, map::CONN4, map::CONN6, map::SIDE4, map::SIDE6, map::SCRATCH4, map::SCRATCH6];
 
 /// Buckets that are looked at at a time.
@@ -38,8 +39,10 @@ const BUCKETS: u32 = 1 << 14;
 /// The data plane that was at work.
 pub(super) struct Elder {
     programs: Vec<(&'static str, ProgramFd)>,
-    config: Table<Config>,
-    clock: Table<Clock>,
+    config: Foreign,
+    clock: Foreign,
+    /// The dests' counters, where they are other maps than ours.
+    state: Option<Foreign>,
     conns4: ConnTable<V4>,
     conns6: ConnTable<V6>,
     /// The next bucket to be looked at: of the IPv4 table, then of the other.
@@ -71,8 +74,8 @@ pub struct Progress {
 /// Flows that are in both tables.
 #[derive(Default)]
 pub struct Batch {
-    v4: Vec<(Entry<[u64; 1]>, Carried<u32>)>,
-    v6: Vec<(Entry<[u64; 4]>, Carried<[u64; 2]>)>,
+    v4: Vec<Found<V4>>,
+    v6: Vec<Found<V6>>,
     /// A pass has ended that met flows and moved none: there is no hurry.
     pub idle: bool,
 }
@@ -106,18 +109,24 @@ impl Elder {
                 programs.push((name, info.fd().map_err(at())?));
             }
         }
+        let layout = Layout::of_pins(dir)?;
+        let layout = layout.ok_or_else(|| BpfError::Refused(format!("there is no map CONFIG in {}", dir.display())))?;
         let shapes = super::shapes(&Sizes::default())?;
         let find = |name: &str| -> Result<(Shape, OwnedFd)> {
             let shape = shapes.iter().find(|s| s.name == name);
             let shape = shape.ok_or_else(|| BpfError::Refused(format!("there is no map {name}")))?;
-            Flat::adopt_one(*shape, &dir.join(name))
+            Flat::adopt_one(layout.shape(*shape), &dir.join(name))
+        };
+        let open = |name: &str| -> Result<Foreign> {
+            let (shape, fd) = find(name)?;
+            layout.open(shape.name, fd.as_fd(), shape.len, shape.words)
         };
         let mut old = Flat { maps: Vec::new(), old: None };
         for name in OWN.into_iter().chain([map::DEST_STATE, map::DESTS]) {
             old.maps.push(find(name)?);
         }
-        let config = old.table::<Config>(map::CONFIG)?;
-        let c = config.get(0)?;
+        let config = open(map::CONFIG)?;
+        let c = config.get(0);
         let beside = |name: &str| -> Result<Beside> {
             let (shape, fd) = find(name)?;
             let sides = raw::Mapping::new(fd.as_fd(), shape.bytes()? as usize);
@@ -128,9 +137,10 @@ impl Elder {
         };
         let elder = Elder {
             programs,
-            clock: old.table(map::CLOCK)?,
-            conns4: old.conns::<V4>(map::CONN4, c)?.beside(beside(map::SIDE4)?),
-            conns6: old.conns::<V6>(map::CONN6, c)?.beside(beside(map::SIDE6)?),
+            clock: open(map::CLOCK)?,
+            conns4: old.conns::<V4>(map::CONN4, c)?.beside(beside(map::SIDE4)?).laid_out(layout),
+            conns6: old.conns::<V6>(map::CONN6, c)?.beside(beside(map::SIDE6)?).laid_out(layout),
+            state: if layout.differs(map::DEST_STATE) { Some(open(map::DEST_STATE)?) } else { None },
             config,
             at: 0,
             pass: Pass::default(),
@@ -148,17 +158,15 @@ impl Elder {
     }
 
     /// Begin no flows from now on.
-    fn tell(&self) -> Result<()> {
-        self.config.word(0, FLAGS_WORD)?.fetch_or(u64::from(ELDER), Ordering::SeqCst);
-        Ok(())
+    fn tell(&self) {
+        self.config.raw()[FLAGS_WORD].fetch_or(u64::from(ELDER), Ordering::SeqCst);
     }
 
     /// For the reads that follow.
-    fn look(&mut self) -> Result<()> {
-        let (config, clock) = (self.config.get(0)?, self.clock.get(0)?);
+    fn look(&mut self) {
+        let (config, clock): (Config, Clock) = (self.config.get(0), self.clock.get(0));
         self.conns4.at(&config, &clock);
         self.conns6.at(&config, &clock);
-        Ok(())
     }
 }
 
@@ -178,6 +186,99 @@ fn collect<I: Ip>(table: &ConnTable<I>, at: &mut u32, found: &mut Vec<Found<I>>)
         *at += 1;
     }
     waiting
+}
+
+/// Memory that these maps take.
+///
+/// # Errors
+/// There is too little.
+pub(super) fn check_memory(wanted: &[Shape]) -> Result<u64> {
+    let cost = wanted.iter().map(Shape::bytes).sum::<Result<u64>>()?;
+    let free = memory::available().map_err(failed("memory for the tables"))?;
+    if cost <= free / 4 * 3 {
+        return Ok(cost);
+    }
+    Err(BpfError::Refused(format!(
+        "the tables take {} MiB, beside the old ones for a while, and {} MiB are free: a quarter of that is to be left",
+        cost >> 20,
+        free >> 20
+    )))
+}
+
+/// The data plane at work that another one is to come after: by its pins, or an open one.
+pub(super) struct Before {
+    pub dir: PathBuf,
+    /// The maps that are shared, and perhaps more.
+    pub flat: Flat,
+    pub config: Config,
+    pub clock: Clock,
+    /// Its programs at the hooks.
+    pub programs: Vec<(&'static str, ProgramFd)>,
+    /// What is in those of the new maps that do not begin empty.
+    pub values: Vec<(&'static str, Foreign)>,
+}
+
+impl Before {
+    /// The data plane after this one: new maps of these shapes, and the programs over them. It is in no link yet, and its clock stands still.
+    ///
+    /// # Errors
+    /// No memory, or the kernel refuses: all is as before then.
+    pub fn heir(self, object: &[u8], sizes: &Sizes, wanted: &[Shape]) -> Result<Dataplane> {
+        let dir = self.dir.clone();
+        let made = self.make(object, sizes, wanted);
+        if made.is_err() {
+            generation::discard(&dir)?;
+        }
+        made
+    }
+
+    fn make(self, object: &[u8], sizes: &Sizes, wanted: &[Shape]) -> Result<Dataplane> {
+        let Before { dir, mut flat, config, clock, programs, values } = self;
+        let next = dir.join(generation::NEXT);
+        std::fs::create_dir_all(&next).map_err(failed(format!("folder {}", next.display())))?;
+        let pin = |name: &str, fd: BorrowedFd<'_>| {
+            let path = next.join(name);
+            raw::pin(fd, &path).map_err(failed(format!("pin {}", path.display())))
+        };
+        for shape in wanted {
+            let fd = make(shape)?;
+            if shape.name != map::CONFIG {
+                pin(shape.name, fd.as_fd())?;
+            }
+            flat.maps.retain(|(s, _)| s.name != shape.name);
+            flat.maps.push((*shape, fd));
+        }
+        for (name, old) in &values {
+            if let Some((shape, fd)) = flat.maps.iter().find(|(s, _)| s.name == *name) {
+                let mapping = raw::Mapping::new(fd.as_fd(), shape.bytes()? as usize);
+                old.copy_to(&mapping.map_err(failed(format!("map {name} into memory")))?);
+            }
+        }
+        if wanted.iter().any(|s| s.name == map::DEST_STATE) {
+            // Flows are counted as they are entered.
+            let states = flat.table::<abi::DestState>(map::DEST_STATE)?;
+            for dest in 0..states.len() {
+                states.set(dest, abi::DestState { active: 0, inactive: 0, ..states.get(dest)? })?;
+            }
+        }
+        flat.table::<Config>(map::CONFIG)?.set(0, config)?;
+        flat.table::<Clock>(map::CLOCK)?.set(0, clock)?;
+        for (name, program) in programs {
+            let path = generation::elder_pin(&dir, name);
+            if !path.exists() {
+                attach::make_folder(&path)?;
+                raw::pin(program.as_fd(), &path).map_err(failed(format!("pin {}", path.display())))?;
+            }
+        }
+        let elder = Elder::open(&dir, &mut flat)?;
+        let ebpf = super::shapes::load_next(object, &dir, sizes, &flat)?;
+        let mut made = Dataplane::over(ebpf, flat, &dir, false)?.after(Some(elder))?;
+        for name in ALWAYS {
+            made.program(name)?;
+        }
+        pin(map::CONFIG, made.flat.get(map::CONFIG)?.1)?;
+        Ok(made)
+    }
 }
 
 impl Dataplane {
@@ -225,11 +326,14 @@ impl Dataplane {
         };
         let wanted: Vec<Shape> = super::shapes(&sizes)?.into_iter().filter(|s| OWN.contains(&s.name)).collect();
         self.check_room(&wanted)?;
-        let made = self.prepare(object, &sizes, &wanted, hooks);
-        if made.is_err() {
-            generation::discard(&self.dir)?;
+        let mut programs = Vec::new();
+        for name in hooks.iter().map(|hook| hook.program()) {
+            programs.push((name, self.program(name)?));
         }
-        made
+        let (config, clock) = (self.maps.config.get(0)?, self.maps.clock.get(0)?);
+        let flat = self.flat.try_clone()?;
+        Before { dir: self.dir.clone(), flat, config, clock, programs, values: Vec::new() }
+            .heir(object, &sizes, &wanted)
     }
 
     fn check_room(&self, wanted: &[Shape]) -> Result<()> {
@@ -247,68 +351,29 @@ impl Dataplane {
                 )));
             }
         }
-        let cost = wanted.iter().map(Shape::bytes).sum::<Result<u64>>()?;
-        let free = memory::available().map_err(failed("memory for the tables"))?;
-        if cost > free / 4 * 3 {
-            return Err(BpfError::Refused(format!(
-                "the tables take {} MiB, beside the old ones for a while, and {} MiB are free: a quarter of that is to be left",
-                cost >> 20,
-                free >> 20
-            )));
-        }
-        Ok(())
+        check_memory(wanted).map(drop)
     }
 
-    /// The new maps, pinned, and the programs over them.
-    fn prepare(&mut self, object: &[u8], sizes: &Sizes, wanted: &[Shape], hooks: &[Hook]) -> Result<Dataplane> {
-        let dir = self.dir.clone();
-        let next = dir.join(generation::NEXT);
-        std::fs::create_dir_all(&next).map_err(failed(format!("folder {}", next.display())))?;
-        let pin = |name: &str, fd: &OwnedFd| {
-            let path = next.join(name);
-            raw::pin(fd.as_fd(), &path).map_err(failed(format!("pin {}", path.display())))
-        };
-        let mut flat = self.flat.try_clone()?;
-        for shape in wanted {
-            let fd = make(shape)?;
-            if shape.name != map::CONFIG {
-                pin(shape.name, &fd)?;
-            }
-            flat.maps.retain(|(s, _)| s.name != shape.name);
-            flat.maps.push((*shape, fd));
-        }
-        flat.table::<Config>(map::CONFIG)?.set(0, self.maps.config.get(0)?)?;
-        flat.table::<Clock>(map::CLOCK)?.set(0, self.maps.clock.get(0)?)?;
-        for hook in hooks {
-            let path = generation::elder_pin(&dir, hook.program());
-            if !path.exists() {
-                attach::make_folder(&path)?;
-                let fd = self.program(hook.program())?;
-                raw::pin(fd.as_fd(), &path).map_err(failed(format!("pin {}", path.display())))?;
-            }
-        }
-        let elder = Elder::open(&dir, &mut flat)?;
-        let ebpf = super::shapes::load_next(object, &dir, sizes, &flat)?;
-        let mut made = Dataplane { elder: Some(elder), ..Dataplane::over(ebpf, flat, &dir, false)? };
-        for name in ALWAYS {
-            made.program(name)?;
-        }
-        let config = made.flat.maps.iter().find(|(s, _)| s.name == map::CONFIG);
-        let (_, fd) = config.ok_or_else(|| BpfError::Refused("there is no map CONFIG".into()))?;
-        pin(map::CONFIG, fd)?;
-        Ok(made)
+    /// With this elder, if there is one.
+    pub(super) fn after(mut self, elder: Option<Elder>) -> Result<Dataplane> {
+        self.elder = elder;
+        self.maps.elder_state = self.elder.as_mut().and_then(|elder| elder.state.take());
+        Ok(self)
     }
 
     /// New programs into all links; then the elder begins no flows.
     pub(super) fn succeed(&mut self) -> Result<()> {
         self.attach_all()?;
-        self.elder.as_ref().map_or(Ok(()), Elder::tell)
+        if let Some(elder) = &self.elder {
+            elder.tell();
+        }
+        Ok(())
     }
 
     /// Are flows being moved, and how far is it?
     pub fn progress(&mut self) -> Result<Option<Progress>> {
         let Some(elder) = &mut self.elder else { return Ok(None) };
-        elder.look()?;
+        elder.look();
         let left = elder.conns4.counted()[0] + elder.conns6.counted()[0];
         Ok(Some(Progress { moved: elder.moved, left: u64::from(left), stuck: elder.stuck }))
     }
@@ -316,7 +381,7 @@ impl Dataplane {
     /// Flows in the old tables, for lists.
     pub fn elder_tables(&mut self) -> Result<Option<(&ConnTable<V4>, &ConnTable<V6>)>> {
         let Some(elder) = &mut self.elder else { return Ok(None) };
-        elder.look()?;
+        elder.look();
         Ok(Some((&elder.conns4, &elder.conns6)))
     }
 
@@ -327,7 +392,7 @@ impl Dataplane {
     /// A program does not run.
     pub fn take_over(&mut self) -> Result<Option<Batch>> {
         let Some(elder) = &mut self.elder else { return Ok(None) };
-        elder.look()?;
+        elder.look();
         let mut batch = Batch::default();
         let (first, second) = (elder.conns4.buckets(), elder.conns6.buckets());
         if elder.at < first {
@@ -379,7 +444,7 @@ impl Dataplane {
     /// A program does not run.
     pub fn leave(&mut self, batch: &Batch) -> Result<()> {
         let Some(elder) = &mut self.elder else { return Ok(()) };
-        elder.look()?;
+        elder.look();
         let (changed4, leaves4) = since(&elder.conns4, &batch.v4);
         let (changed6, leaves6) = since(&elder.conns6, &batch.v6);
         for (changed, program) in [(changed4, "rvs_enter4"), (changed6, "rvs_enter6")] {
@@ -417,6 +482,7 @@ impl Dataplane {
         grace();
         generation::commit(&self.dir)?;
         self.elder = None;
+        self.maps.elder_state = None;
         self.flat.old = None;
         self.tidy()
     }
@@ -426,7 +492,8 @@ impl Dataplane {
 fn since<I: Ip>(table: &ConnTable<I>, flows: &[Found<I>]) -> (Vec<Move>, Vec<Leave>) {
     let (mut changed, mut leaves) = (Vec::new(), Vec::new());
     for (entry, before) in flows {
-        let now = ct::peek::<I, _>(table, entry.slot);
+        let (word, there) = table.control_there(entry.slot);
+        let now = Entry { control: table.ours(there), ..*entry };
         if !ct::is_live(now.control) {
             // It has timed out there, and is not counted any more.
             continue;
@@ -436,11 +503,9 @@ fn since<I: Ip>(table: &ConnTable<I>, flows: &[Found<I>]) -> (Vec<Move>, Vec<Lea
         {
             changed.push(Move::new::<I>(&flow).since(before.state));
         }
-        let (bucket, way) = table.place(entry.slot);
-        let word = bucket as usize * I::WORDS + way * (I::KEYS + 1) + I::KEYS;
         leaves.push(Leave {
-            expected: now.control,
-            word: word as u32,
+            expected: there,
+            word,
             family: u32::from(I::FAMILY),
             dest: conn::dest(now.control),
             counter: u32::from(!table.policy().row(now.control).active()),

@@ -8,6 +8,7 @@ mod elder;
 mod flat;
 mod gates;
 mod generation;
+mod layouts;
 pub mod parts;
 mod peers;
 pub mod programs;
@@ -15,20 +16,25 @@ mod raw;
 mod rehearsal;
 mod ring;
 mod shapes;
+mod upgrade;
 pub mod verify;
 
 pub use apply::combine;
 pub use conns::{Belongs, Census, ConnTable, Flow};
 pub use elder::{Batch, Progress, grace};
 pub use gates::GATES;
+pub use layouts::Layout;
 pub use rehearsal::{Outcome, Rehearsal, Stage};
 pub use ring::Ring;
 pub use shapes::{Shape, shapes};
+pub use upgrade::{Plan, Upgrade, discard};
 
 use aya::maps::{HashMap, MapData};
 use aya::programs::{ProgramFd, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, Pod};
 use elder::Elder;
+use layouts::Foreign;
+use raw::Mapping;
 use rvs_datapath::abi::{self, Clock, Config, CpuStats, Hop, Iface, ServiceKey, map};
 use rvs_datapath::conn::SLOTS_MAX;
 use rvs_datapath::ct::{Family, MIN_BUCKETS, V4, V6};
@@ -107,6 +113,14 @@ pub fn bytes_of<T: Plain>(value: T) -> Vec<u8> {
     // SAFETY: `bytes` is at least as long as T, which has no padding (Plain).
     unsafe { bytes.as_mut_ptr().cast::<T>().write_unaligned(value) };
     bytes
+}
+
+/// A value of these words.
+fn value_of<T: Plain>(words: &[u64]) -> T {
+    let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    bytes.resize(bytes.len().max(size_of::<T>()), 0);
+    // SAFETY: `bytes` is at least as long as T, and any bytes are a T (Plain).
+    unsafe { bytes.as_ptr().cast::<T>().read_unaligned() }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -200,12 +214,8 @@ impl<T: Plain> Table<T> {
         })
     }
     pub fn get(&self, index: u32) -> Result<T> {
-        let mut bytes = Vec::with_capacity(Self::WORDS * 8);
-        for word in self.words(index)? {
-            bytes.extend(word.load(Ordering::Acquire).to_ne_bytes());
-        }
-        // SAFETY: `bytes` is at least as long as T, and any bytes are a T (Plain).
-        Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+        let words: Vec<u64> = self.words(index)?.iter().map(|w| w.load(Ordering::Acquire)).collect();
+        Ok(value_of(&words))
     }
     pub fn set(&self, index: u32, value: T) -> Result<()> {
         for (word, new) in self.words(index)?.iter().zip(bytes_of(value).chunks_exact(8)) {
@@ -286,6 +296,8 @@ pub struct Maps {
     pub tunnels: Table<abi::Tunnel>,
     pub dest_info: Table<abi::DestInfo>,
     pub dest_state: Table<abi::DestState>,
+    /// That of the elder, where it has one of its own.
+    elder_state: Option<Foreign>,
     pub dest_stats: PerCpu<CpuStats>,
     pub lists: Table<abi::ListEntry>,
     pub tables: Table<u32>,
@@ -320,6 +332,8 @@ pub struct Dataplane {
     pub fresh: bool,
     /// Who was at work before, while flows are moved here from its tables.
     elder: Option<Elder>,
+    /// The layout that this call has taken over.
+    pub upgraded: Option<&'static Layout>,
 }
 
 /// The programs that each data plane has, whatever its hooks.
@@ -327,8 +341,11 @@ const ALWAYS: [&str; 3] = ["rvs_start", "rvs_xdp", "rvs_pass"];
 
 impl Dataplane {
     /// Adopt the maps pinned in `dir` (on a bpffs), or make them; load `object` over them; start the timer.
-    /// Pins of another layout are refused: nothing is changed then.
+    /// Pins of another layout are upgraded, if it is one that we know; else they are refused, and nothing is changed.
     pub fn open(object: &[u8], dir: &Path, sizes: &Sizes) -> Result<Dataplane> {
+        if let Some(upgrade) = Upgrade::find(dir)? {
+            return upgrade.carry_out(object);
+        }
         let mut dataplane = Dataplane::load(object, dir, sizes, &ALWAYS, &[])?;
         dataplane.start()?;
         if dataplane.elder.is_some() {
@@ -348,7 +365,7 @@ impl Dataplane {
         if fresh {
             flat.configure(dir)?;
         }
-        let mut dataplane = Dataplane { elder, ..Dataplane::over(ebpf, flat, dir, fresh)? };
+        let mut dataplane = Dataplane::over(ebpf, flat, dir, fresh)?.after(elder)?;
         for name in programs {
             dataplane.program(name)?;
         }
@@ -358,7 +375,7 @@ impl Dataplane {
         let ring = Ring::of(&mut ebpf, map::TRACE_RING)?;
         let (early, large) = (Ring::of(&mut ebpf, map::EARLY_RING)?, Ring::of(&mut ebpf, map::LARGE_RING)?);
         let maps = Maps::open(dir, &flat)?;
-        Ok(Dataplane { maps, ring, early, large, ebpf, flat, dir: dir.to_owned(), fresh, elder: None })
+        Ok(Dataplane { maps, ring, early, large, ebpf, flat, dir: dir.to_owned(), fresh, elder: None, upgraded: None })
     }
     /// Room for what FULLNAT keeps of its flows, if there is none yet: as long as no dest is by that method nobody looks at the single
     /// row that is there. The programs are loaded anew, over the new maps, and put in the place of those that run.
@@ -504,6 +521,7 @@ impl Maps {
             tunnels: flat.table(map::TUNNELS)?,
             dest_info: flat.table(map::DEST_INFO)?,
             dest_state: flat.table(map::DEST_STATE)?,
+            elder_state: None,
             dest_stats: flat.per_cpu(map::DEST_STATS)?,
             lists: flat.table(map::LISTS)?,
             tables: flat.table(map::TABLES)?,

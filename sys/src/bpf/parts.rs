@@ -3,6 +3,7 @@
 use rvs_datapath::abi::{self, Handed};
 use rvs_datapath::ct::Seed;
 use rvs_datapath::frag::{self, Found};
+use rvs_datapath::verdict::Reason;
 use std::os::fd::AsFd;
 
 use super::attach::Hook;
@@ -33,6 +34,17 @@ impl Maps {
         let (config, clock) = (self.config.get(0)?, self.clock.get(0)?);
         let notes = Noted { table: &self.fragments, seed: config.seed };
         Ok(keys.filter(|key| frag::find(&notes, key, clock.now_s) != Found::None).copied().collect())
+    }
+    /// So many more packets that were handed over, and then dropped for this reason. (It is one that no program counts by: nobody else writes here.)
+    ///
+    /// # Errors
+    /// A map that can't be written.
+    pub fn count(&self, reason: Reason, packets: u64) -> Result<()> {
+        if packets == 0 {
+            return Ok(());
+        }
+        let (counters, of_first_cpu) = (&self.verdicts.all, reason as u32);
+        counters.set(of_first_cpu, counters.get(of_first_cpu)?.wrapping_add(packets))
     }
     /// Have the programs hand packets over for so many seconds more; 0: no longer.
     ///

@@ -183,8 +183,16 @@ const HEADROOM: usize = 256;
 
 impl Rig {
     fn new(object: &[u8], version: Version, method: Method) -> Result<Rig> {
-        let sizes =
-            Sizes { flows4: 1, flows6: 1, services: 16, dests: 16, lists: 32, tables: 32, hops: 16, fullnat: true };
+        let sizes = Sizes {
+            flows4: 1,
+            flows6: 1,
+            services: 16,
+            dests: 16,
+            lists: 32,
+            tables: 32,
+            hops: 16,
+            fullnat: method == Method::Fullnat,
+        };
         let mut m = Machine::new(object, &shapes(&sizes)?)?;
         let policy = Policy::new(&Timeouts::default());
         let seed = Seed([3, 5, 7, 11, 13, 17].map(|n: u64| n.wrapping_mul(0x9e37_79b9_7f4a_7c15)));

@@ -158,6 +158,8 @@ const SERVER_PORT_AT: usize = 6;
 const BLOCK_AT: usize = 7;
 const COUNTS_AT: usize = 8;
 const LENDS_AT: usize = 30;
+/// Looks up, as full NAT's replies do, where they are to go, and finds nothing there.
+pub const LOOKS: u64 = 2;
 const ZIPF_AT: usize = 31;
 /// Flows that new connections come from: all that addresses and ports allow.
 pub const ANY_FLOW: u64 = 1 << 30;
@@ -198,6 +200,8 @@ pub struct Rig<'a> {
     pub method: Method,
     pub flows: u32,
     seed: u64,
+    /// Of replies: see the programs.
+    pub lends: u64,
 }
 
 impl<'a> Rig<'a> {
@@ -210,11 +214,11 @@ impl<'a> Rig<'a> {
         let pins = settings.pins.join(format!("{}-{}-{flows}", version.of("v4", "v6"), method as u8));
         // An LRU hash of fewer can't insert.
         let lru = flows.max(1024);
-        let lent = if fullnat { flows } else { 1 };
+        let lent = if method.answers() { flows } else { 1 };
         let own = [("BENCH", 1), ("LENT", lent), ("LRU4", version.of(lru, 1024)), ("LRU6", version.of(1024, lru))];
         let plane = Dataplane::load(&settings.object, &pins, &sizes, &PROGRAMS[version.of(0, 1)], &own)?;
         let bench = plane.own_table("BENCH")?;
-        let mut rig = Rig { settings, plane, bench, pins, version, method, flows, seed: 1 };
+        let mut rig = Rig { settings, plane, bench, pins, version, method, flows, seed: 1, lends: u64::from(fullnat) };
         rig.configure()?;
         Ok(rig)
     }
@@ -316,7 +320,7 @@ impl<'a> Rig<'a> {
             }
             Order::Blocks(bits) => words[BLOCK_AT] = bits,
         }
-        words[LENDS_AT] = u64::from(self.method == Method::Fullnat);
+        words[LENDS_AT] = self.lends;
         let filling = case.program == Program::Fill && self.method.answers();
         if case.frame == Frame::Reply || filling {
             words[SERVERS_AT] = u64::from(u32::from_be_bytes(SERVERS));

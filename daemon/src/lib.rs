@@ -11,6 +11,7 @@ mod rates;
 mod socket;
 mod tables;
 mod trace;
+mod upgrade;
 mod why;
 
 use std::cell::RefCell;
@@ -26,7 +27,8 @@ use clap::Parser;
 use nix::fcntl::{Flock, FlockArg};
 use rvs_control::firewall::{Rules, Vip};
 use rvs_control::model::ServiceKey;
-use rvs_sys::bpf::{Dataplane, OBJECT};
+use rvs_datapath::abi;
+use rvs_sys::bpf::{self, BpfError, Dataplane, OBJECT, Upgrade};
 use rvs_sys::netlink::Netlink;
 use rvs_sys::netns::{self, Lasting};
 use tokio::net::UnixListener;
@@ -36,7 +38,8 @@ use tokio::sync::Notify;
 use director::{Director, shown};
 use options::Options;
 
-fn main() -> ExitCode {
+/// All of it.
+pub fn main() -> ExitCode {
     let options = Options::parse();
     log_to_stderr(options.log_json);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -67,10 +70,20 @@ async fn run(options: Options) -> Result<(), String> {
     }
     let namespace = netns::current().map_err(|e| shown(&e))?;
     let pin = options.pin.clone().unwrap_or_else(|| Path::new("/run/rvs").join(namespace.folder()).join("bpf"));
+    if options.check_upgrade {
+        return say_plan(&pin);
+    }
     let _lock = lock(&pin)?;
     let lasting = netns::ensure_bpffs(&pin).map_err(|e| shown(&e))?;
+    if options.anew && begin_anew(&pin).map_err(|e| shown(&e))? {
+        tracing::warn!("the data plane of another version is gone, with its connections and services");
+    }
     let dataplane = Dataplane::open(OBJECT, &pin, &options.sizes()).map_err(|e| shown(&e))?;
     let adopted = !dataplane.fresh;
+    if let Some(layout) = dataplane.upgraded {
+        let (from, to) = (format!("{:016x}", layout.version), format!("{:016x}", abi::VERSION));
+        tracing::info!(from, to, "the data plane of another version is taken over; its connections are being moved");
+    }
     let mut director = Director::new(dataplane).map_err(|e| shown(&e))?;
     if lasting == Lasting::No {
         let warning = format!(
@@ -116,6 +129,21 @@ async fn run(options: Options) -> Result<(), String> {
         tracing::info!("stopped; the data plane goes on");
     }
     Ok(())
+}
+
+/// For `rvs upgrade`.
+fn say_plan(pin: &Path) -> Result<(), String> {
+    let plan = upgrade::plan(pin).map_err(|e| shown(&e))?;
+    println!("{}", serde_json::to_string(&plan).map_err(|e| shown(&e))?);
+    Ok(())
+}
+
+/// A data plane that can't be taken over goes. False: it can be, or there is none.
+fn begin_anew(pin: &Path) -> Result<bool, BpfError> {
+    match Upgrade::find(pin) {
+        Err(BpfError::Refused(_)) => bpf::discard(pin),
+        found => found.map(|_| false),
+    }
 }
 
 /// The programs on their interfaces, then the control socket.

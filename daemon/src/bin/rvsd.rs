@@ -1,0 +1,6 @@
+//! The director.
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    rvsd::main()
+}
