@@ -18,8 +18,7 @@
 //! | generation | one more than that of a stale entry that it replaced (modulo 14), so that whoever still means to free that one does not free this one |
 //! | hop | next hop of the replies, an index that the data plane fills; 0: ask the routing table |
 //!
-//! No-client-port entries (FTP, persistence) have source port 0 in their key, which no packet has. One-packet flows
-//! are never entered.
+//! No-client-port entries (FTP, persistence) have source port 0 in their key, which no packet has. One-packet flows are never entered.
 //!
 //! # One state a flow
 //! A NAT flow has two entries. The forward one (LINKED) owns state and age and stays where it is; the reverse one names its
@@ -27,8 +26,7 @@
 //! more there is to a flow by that method.)
 //!
 //! # Counters are exact
-//! Whoever wins the compare-and-swap that frees, evicts or changes an entry moves its dest's ActiveConn and InActConn.
-//! A new entry is counted before it can be seen, so no counter is ever taken below zero.
+//! Whoever wins the compare-and-swap that frees, evicts or changes an entry moves its dest's ActiveConn and InActConn. A new entry is counted before it can be seen, so no counter is ever taken below zero.
 
 use crate::ct::{self, Buckets, Cost, Entry, Family, Found, Hit, Key, LINKED, Look, Outcome, REVERSE, Rank, Slot};
 

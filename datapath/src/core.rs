@@ -157,10 +157,8 @@ pub fn run<I: Of<T> + Answer + Extras, P: Frame, T: Tables>(p: &mut P, t: &T, st
                 Err(verdict) => verdict,
             };
         }
+        Stage::Large => return fragments::large(t, number),
         _ => {}
-    }
-    if stage == Stage::Large {
-        return fragments::large(t, number);
     }
     // What the packet says is kept when it may begin a flow.
     let (kept, cookie) = match stage {
