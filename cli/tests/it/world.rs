@@ -146,7 +146,7 @@ impl World {
             },
             RequestBody::Timeouts => ResponseBody::Timeouts(self.model.timeouts().into()),
             RequestBody::Daemons => ResponseBody::Daemons(api::daemons(&self.model)),
-            RequestBody::Tables | RequestBody::Resize(_) => ResponseBody::Done,
+            RequestBody::Tables | RequestBody::Resize(_) | RequestBody::Upgrade(_) => ResponseBody::Done,
             RequestBody::Drops => ResponseBody::Drops(vec![
                 api::DropRow { reason: "no destination".into(), packets: 3 },
                 api::DropRow { reason: "malformed".into(), packets: 0 },
