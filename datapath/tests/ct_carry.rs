@@ -40,7 +40,7 @@ fn fill<F: Fam>(c: &MemConns<F>, rng: &mut Rng, flows: u32) {
         let key = key_of::<F>((n, 1024 + rng.below(60_000) as u16), (VIP, 80), proto);
         c.set_now(NOW - rng.below(40) as u32);
         let state = rng.below(states);
-        let done = conn::open_forward(c, &key, dest, state, linked);
+        let done = conn::open_forward(c, &key, dest, state, if linked { ct::LINKED } else { 0 });
         assert!(done.is_new());
         if lent {
             let tells = [Tells::Nothing, Tells::Option, Tells::Header][rng.below(3) as usize];

@@ -83,21 +83,26 @@ fn upgraded(hook: Hook) -> TestResult {
 }
 
 fn killed(hook: Hook) -> TestResult {
-    for pause in [300, 1000, 1700, 3000] {
+    // Before the new maps are there, and so long after.
+    for pause in [None, Some(0), Some(150), Some(600)] {
         while_talking_by(OLD, hook, |rvs| {
             let (before, client) = (state(rvs)?, begin(rvs, &format!("upgrade {}", to("rvsd")?))?);
+            let new = rvs.pins().join("next/CONFIG");
+            if pause.is_some() {
+                eventually("the new maps", LONG, || if new.exists() { Ok(()) } else { Err(String::new()) })?;
+            }
             // (It is not known where that is: that is the point.)
-            thread::park_timeout(Duration::from_millis(pause));
+            thread::park_timeout(Duration::from_millis(pause.unwrap_or(300)));
             rvs.kill();
             drop(client);
-            let under_way = rvs.pins().join("next/CONFIG").exists();
+            let under_way = new.exists();
             rvs.becomes("rvsd");
             rvs.start_again()?;
             eventually("the move to end", LONG, || {
                 let now = tables(rvs).map_err(|e| format!("{e:?}"))?;
                 if now.get("moving").is_none() { Ok(()) } else { Err(now.to_string()) }
             })?;
-            println!("{hook}, killed after {pause} ms, {}under way", if under_way { "" } else { "not " });
+            println!("{hook}, killed after {pause:?} ms, {}under way", if under_way { "" } else { "not " });
             equal("services, timeouts and settings", &state(rvs)?, &before)?;
             counters(rvs)?;
             left_over(rvs)
