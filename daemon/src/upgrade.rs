@@ -54,7 +54,9 @@ pub async fn check(director: &RefCell<Director>, what: &api::Upgrade) -> Result<
     let done = done.map_err(|e| failed(format!("{} can't be run: {e}", program.display())))?;
     if !done.status.success() {
         let said = String::from_utf8_lossy(&done.stderr);
-        return Err(failed(said.trim().trim_start_matches("rvsd: ").replace('\n', " ")));
+        let said = said.trim().trim_start_matches("rvsd: ").replace('\n', " ");
+        let silent = format!("{} --check-upgrade ended with {}, and no word", program.display(), done.status);
+        return Err(failed(if said.is_empty() { silent } else { said }));
     }
     serde_json::from_slice(&done.stdout)
         .map(|report| UpgradeReport { program: program.clone(), ..report })

@@ -18,7 +18,8 @@ use crate::process::Process;
 
 /// Loading and attaching takes about a second; a verifier on a slow machine takes longer.
 const READY_TIME: Duration = Duration::from_secs(60);
-const COMMAND_TIME: Duration = Duration::from_secs(30);
+/// The first real server by full NAT has the programs loaded anew: as above.
+const COMMAND_TIME: Duration = Duration::from_secs(90);
 
 /// Where rvsd takes packets from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

@@ -175,3 +175,53 @@ impl Foreign {
 fn load(word: &AtomicU64) -> u64 {
     word.load(Ordering::Acquire)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bpf::{Sizes, shapes};
+    use rvs_datapath::{conn, ct};
+
+    #[test]
+    fn what_is_other_becomes_as_long_as_ours() {
+        let shapes = shapes(&Sizes::default()).expect("shapes");
+        for layout in KNOWN {
+            assert_ne!(layout.version, OURS.version);
+            for other in layout.others {
+                let shape = shapes.iter().find(|s| s.name == other.map).expect("one of our maps");
+                assert_eq!((other.ours)(&vec![0; other.words]).len(), shape.words, "{}", other.map);
+            }
+            for (row, words) in layout.sides.iter().zip([abi::SIDE4_WORDS, abi::SIDE6_WORDS]) {
+                assert!(row.at.len() <= words && row.at.iter().all(|at| *at < row.words));
+            }
+        }
+    }
+
+    /// `CONFIG` of the other layout: each word once, in our order.
+    #[test]
+    fn the_other_layouts_configuration() {
+        let other = &KNOWN[KNOWN.len() - 1];
+        let words: Vec<u64> = (0..84).collect();
+        let config = other.other(map::CONFIG).expect("CONFIG is other");
+        let ours: abi::Config = crate::bpf::value_of(&(config.ours)(&words));
+        assert_eq!((ours.version, ours.seed.0, ours.timeouts_s), (0, [4, 5, 6, 7, 8, 9], [2, 0, 3, 0]));
+        assert_eq!(
+            (u64::from(ours.policy.epoch), u64::from(ours.drop_rate), u64::from(ours.settings[14])),
+            (74, 75, 83)
+        );
+    }
+
+    #[test]
+    fn the_other_layouts_entries() {
+        let other = &KNOWN[KNOWN.len() - 1];
+        let rest = 443 << 48 | 1 << ct::PROTO_SHIFT | ct::LINKED | 0x2_5a5a;
+        for (dest, synced) in [(1, 0), (conn::DEST_MAX, 1), (0x5_a5a5, 1)] {
+            let there = rest | u64::from(dest) << 18 | synced << 38;
+            let ours = (other.control)(there);
+            assert_eq!((conn::dest(ours), ours & conn::SYNCED != 0), (dest, synced == 1));
+            assert_eq!(ours & !(((1 << 21) - 1) << 18), rest);
+        }
+        let reverse = rest | ct::REVERSE | 0x7f_ffff << 15;
+        assert_eq!(((other.control)(reverse), (other.control)(0)), (reverse, 0));
+    }
+}

@@ -196,7 +196,9 @@ pub fn discard(dir: &Path) -> Result<bool> {
     let at = || format!("folder {}", dir.display());
     for entry in std::fs::read_dir(dir).map_err(failed(at()))? {
         let path = entry.map_err(failed(at()))?.path();
-        if !path.is_dir() && path != paths[0] {
+        // (In the root of a bpffs the kernel has files of its own, with a dot, which no pin can have.)
+        let is_pin = path.is_file() && path.extension().is_none();
+        if is_pin && path != paths[0] {
             paths.push(path);
         }
     }
