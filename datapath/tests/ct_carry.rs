@@ -47,11 +47,12 @@ fn fill<F: Fam>(c: &MemConns<F>, rng: &mut Rng, flows: u32) {
             let tells = [Tells::Nothing, Tells::Option, Tells::Header][rng.below(3) as usize];
             let local = (F::addr(LOCAL), 1024 + n as u16);
             fullnat::lend(c, &key, done.slot(), local, rng.next() as u32, tells);
-            let side = fullnat::side(c, done.slot(), &key).expect("its row");
+            let row = || fullnat::side(c, done.slot(), &key).unwrap_or_else(|| panic!("its row"));
+            let side = row();
             fullnat::begin(c, done.slot(), &side, rng.next() as u32, rng.next() as u32);
-            let side = fullnat::side(c, done.slot(), &key).expect("its row");
+            let side = row();
             fullnat::answered(c, done.slot(), &side, rng.next() as u32, rng.below(15) as u8);
-            let side = fullnat::side(c, done.slot(), &key).expect("its row");
+            let side = row();
             fullnat::sent(c, done.slot(), &side);
         }
         if linked {
