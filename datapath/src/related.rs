@@ -6,9 +6,9 @@
 //! IP header | ICMP 8 | quoted IP header | its extra headers | their first 8 bytes behind: the ports
 //! ```
 
-use crate::conn::{self, Addressing};
+use crate::conn;
 use crate::csum::{self, Delta};
-use crate::ct::{Key, V4};
+use crate::ct::Key;
 use crate::far::Extras;
 use crate::packet::{IP_GRE, IP_SCTP, IP_TCP, IP_UDP, Ip, L3, Packet, Window};
 use crate::xmit::End;
@@ -104,20 +104,20 @@ pub(crate) fn fix_checksum(w: &mut impl Window, at: usize, addresses: Delta) -> 
     addresses.replace16(old, new)
 }
 
-/// An error about the outer packet of a tunnel, IPv4 in IPv4 (`ip_vs_in_icmp` knows no others): what it says, and the inner packet as far as
-/// it is quoted.
+/// An error about the outer packet of a tunnel, which has the family of the packet in it (`ip_vs_in_icmp`, which knows IPv4 only): what it says, and
+/// the inner packet as far as it is quoted.
 ///
 /// ```text
 /// IP header | ICMP 8 | outer IP header | 0, 4, 8 or 12 by the kind of tunnel | inner IP header | 4: the ports
 /// ```
-pub struct Outer {
+pub struct Outer<I: Ip> {
     /// Type and code, and the word behind them.
     pub said: u16,
     pub rest: u32,
     /// The tunnel's far end.
-    pub to: u32,
+    pub to: I::Addr,
     /// The client's packet in it.
-    pub key: Key<[u64; 1]>,
+    pub key: Key<I::Words>,
     pub may_fragment: bool,
     /// Bytes before the inner packet.
     pub before: usize,
@@ -125,60 +125,76 @@ pub struct Outer {
     pub len: u32,
 }
 
+/// A header of its family at `at`, of a packet in one piece, without extra headers? What follows it: its protocol.
+#[inline(always)]
+fn plain<I: Ip>(w: &impl Window, at: usize) -> Option<u8> {
+    if I::FAMILY == 4 {
+        (w.r8(at) == 0x45 && w.r16(at + 6) & 0x3fffu16.to_be() == 0).then(|| w.r8(at + 9))
+    } else {
+        (w.r8(at) >> 4 == 6).then(|| w.r8(at + 6))
+    }
+}
+
 /// May an error be about a tunnel? Without a look at more than the first bytes of what it quotes.
 #[inline(always)]
-pub fn may_be_outer<P: Packet>(p: &mut P) -> bool {
-    let Some(w) = p.window(quote::<V4>() + V4::HEADER) else { return false };
-    let at = quote::<V4>();
-    let whole = w.r8(L3) == 0x45 && w.r8(at) == 0x45 && w.r16(at + 6) & 0x3fffu16.to_be() == 0;
-    let ours = w.r32(V4::DESTINATION) == w.r32(at + 12);
-    whole && ours && V4::is_error(w.r8(V4::L4)) && matches!(w.r8(at + 9), 4 | IP_GRE | IP_UDP)
+pub fn may_be_outer<I: Ip, P: Packet>(p: &mut P) -> bool {
+    let Some(w) = p.window(quote::<I>() + I::HEADER) else { return false };
+    let (at, within) = (quote::<I>(), quote::<I>() - L3);
+    let ours = I::address(&w, I::DESTINATION) == I::address(&w, I::SOURCE + within);
+    plain::<I>(&w, L3).is_some()
+        && ours
+        && I::is_error(w.r8(I::L4))
+        && plain::<I>(&w, at).is_some_and(|protocol| protocol == I::TUNNELLED || matches!(protocol, IP_GRE | IP_UDP))
 }
 
 /// See [`Outer`]; after [`may_be_outer`]. `None`: of no tunnel of ours, or too little of it is quoted.
 #[inline(always)]
-pub fn outer<P: Packet>(p: &mut P) -> Option<Outer> {
-    const AT: usize = quote::<V4>() + V4::HEADER;
-    let protocol = p.window(AT)?.r8(quote::<V4>() + 9);
+pub fn outer<I: Ip, P: Packet>(p: &mut P) -> Option<Outer<I>> {
+    let at = quote::<I>() + I::HEADER;
+    let protocol = plain::<I>(&p.window(at)?, quote::<I>())?;
     // Sizes are constants wherever the packet is touched.
+    if protocol == I::TUNNELLED {
+        return inner::<I, P>(p, 0);
+    }
+    let ethertype = u32::from(I::ETHERTYPE);
     match protocol {
-        4 => inner::<P, 0>(p),
         IP_GRE => {
-            let head = p.window(AT + 4)?.r32(AT);
-            match u32::from_be(head) {
-                0x0800 => inner::<P, 4>(p),
-                0x8000_0800 => inner::<P, 8>(p),
+            let head = u32::from_be(p.window(at + 4)?.r32(at));
+            match head ^ ethertype {
+                0 => inner::<I, P>(p, 4),
+                0x8000_0000 => inner::<I, P>(p, 8),
                 _ => None,
             }
         }
-        // Version 0, data, IPv4, no optional fields. (Its port is the tunnel's, or no connection is found by it.)
-        IP_UDP if p.window(AT + 12)?.r32(AT + 8) == 0x0004_0000u32.to_be() => inner::<P, 12>(p),
+        // Version 0, data, of this family, no optional fields. (Its port is the tunnel's, or no connection is found by it.)
+        IP_UDP if p.window(at + 12)?.r32(at + 8) == (u32::from(I::TUNNELLED) << 16).to_be() => inner::<I, P>(p, 12),
         _ => None,
     }
 }
 
 #[inline(always)]
-fn inner<P: Packet, const BETWEEN: usize>(p: &mut P) -> Option<Outer> {
-    let at = quote::<V4>() + V4::HEADER + BETWEEN;
-    let w = p.window(quote::<V4>() + V4::HEADER + BETWEEN + V4::HEADER + 4)?;
-    let len = V4::total_len(&w);
-    let fragment = u16::from_be(w.r16(at + 6));
-    if w.r8(at) != 0x45 || fragment & 0x3fff != 0 || (len as usize) < at + V4::HEADER + 4 - L3 {
+fn inner<I: Ip, P: Packet>(p: &mut P, between: usize) -> Option<Outer<I>> {
+    let at = quote::<I>() + I::HEADER + between;
+    let w = p.window(quote::<I>() + 2 * I::HEADER + between + 4)?;
+    let len = I::total_len(&w);
+    let protocol = plain::<I>(&w, at)?;
+    if (len as usize) < at + I::HEADER + 4 - L3 {
         return None;
     }
-    let proto = match w.r8(at + 9) {
+    let proto = match protocol {
         IP_TCP => conn::TCP,
         IP_UDP => conn::UDP,
         IP_SCTP => conn::SCTP,
         _ => return None,
     };
-    let ports = u32::from_be(w.r32(at + V4::HEADER));
+    let ports = u32::from_be(w.r32(at + I::HEADER));
+    let (source, destination) = (I::address(&w, I::SOURCE + at - L3), I::address(&w, I::DESTINATION + at - L3));
     Some(Outer {
-        said: u16::from_be(w.r16(V4::L4)),
-        rest: u32::from_be(w.r32(V4::L4 + 4)),
-        to: w.r32(quote::<V4>() + 16),
-        key: Key::of(V4::words(w.r32(at + 12), w.r32(at + 16)), ports, proto),
-        may_fragment: fragment & 0x4000 == 0,
+        said: u16::from_be(w.r16(I::L4)),
+        rest: u32::from_be(w.r32(I::L4 + 4)),
+        to: I::address(&w, I::DESTINATION + quote::<I>() - L3),
+        key: Key::of(I::words(source, destination), ports, proto),
+        may_fragment: I::FAMILY == 4 && w.r8(at + 6) & 0x40 == 0,
         before: at - L3,
         len,
     })

@@ -2,8 +2,8 @@
 
 use super::{has, into_tunnel, is_nat};
 use crate::abi::{Hop, config, dest, hop};
-use crate::conn::{self, Addressing, Conns, HitOf};
-use crate::ct::{self, Found, V4};
+use crate::conn::{self, Conns, HitOf};
+use crate::ct::{self, Found};
 use crate::far::{Extras, Far};
 use crate::frag::Part;
 use crate::icmp::{Answer, Error};
@@ -17,7 +17,7 @@ use crate::xmit::{self, End};
 
 /// An ICMP packet, with `by` bytes of extra headers: an error about a flow goes to its other end; all else is the kernel's business.
 #[inline(always)]
-pub(super) fn related<I: Of<T> + Extras, P: Packet, T: Tables>(
+pub(super) fn related<I: Of<T> + Extras + Answer, P: Packet, T: Tables>(
     p: &mut P,
     t: &T,
     by: usize,
@@ -25,7 +25,7 @@ pub(super) fn related<I: Of<T> + Extras, P: Packet, T: Tables>(
     number: u32,
 ) -> Verdict {
     if stage == Stage::ErrorOuter {
-        return about_tunnel(p, t);
+        return about_tunnel::<I, P, T>(p, t);
     }
     let Some(error) = related::look::<I, P>(p, by) else { return perhaps_about_tunnel::<I, P>(p, by) };
     if stage == Stage::ErrorTunnel {
@@ -94,7 +94,7 @@ pub(super) fn no_service<I: Ip, T: Tables>(t: &T, flow: &Flow<I>) -> Verdict {
     if flow.error {
         // It may quote what this host has sent in GUE.
         let udp = !flow.tcp && !flow.sctp;
-        return if I::FAMILY == 4 && udp { Verdict::go(Stage::ErrorOuter, 0) } else { pass(Reason::Icmp) };
+        return if udp { Verdict::go(Stage::ErrorOuter, 0) } else { pass(Reason::Icmp) };
     }
     let ends = flow.tcp && flow.flags & tcp::RST != 0 || flow.sctp && flow.flags == sctp::ABORT;
     if has(t, config::NAT_ICMP_SEND) && !ends { Verdict::go(Stage::Reject, 0) } else { pass(Reason::NoService) }
@@ -163,7 +163,7 @@ fn sent<I: Ip + Answer, P: Packet, T: Tables>(
 /// About no connection: the kernel's, unless what it quotes is a tunnel's packet of ours.
 #[inline(always)]
 fn perhaps_about_tunnel<I: Ip, P: Packet>(p: &mut P, by: usize) -> Verdict {
-    if I::FAMILY == 4 && by == 0 && related::may_be_outer(p) {
+    if by == 0 && related::may_be_outer::<I, P>(p) {
         return Verdict::go(Stage::ErrorOuter, 0);
     }
     stranger(Reason::Icmp)
@@ -171,55 +171,64 @@ fn perhaps_about_tunnel<I: Ip, P: Packet>(p: &mut P, by: usize) -> Verdict {
 
 /// About the outer packet of a tunnel: the client is told the same about what is in it, from the virtual address (`ip_vs_in_icmp`).
 #[inline(always)]
-fn about_tunnel<P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
+fn about_tunnel<I: Of<T> + Answer, P: Packet, T: Tables>(p: &mut P, t: &T) -> Verdict {
     // (By way of a look for a service it comes here without.)
-    if !related::may_be_outer(p) {
+    if !related::may_be_outer::<I, P>(p) {
         return stranger(Reason::Icmp);
     }
-    let Some(outer) = related::outer(p) else { return stranger(Reason::Icmp) };
-    let c = <V4 as Of<T>>::conns(t);
-    let Found::Live(hit) = ct::lookup::<V4, _>(c.table(), &outer.key) else { return stranger(Reason::Icmp) };
+    let Some(outer) = related::outer::<I, P>(p) else { return stranger(Reason::Icmp) };
+    let c = I::conns(t);
+    let Found::Live(hit) = ct::lookup::<I, _>(c.table(), &outer.key) else { return stranger(Reason::Icmp) };
     if hit.control & ct::REVERSE != 0 || conn::expired(c.policy(), hit.control, c.now_s()) {
         return pass(Reason::Icmp);
     }
     let index = conn::dest(hit.control);
     let (Some(d), Some(by)) = (t.dest(index), t.tunnel(index)) else { return drop(Reason::Internal) };
-    let flags = d.out as u32;
-    let ours =
-        flags & (dest::METHOD | dest::V6 | dest::LOCAL) == dest::TUNNEL && V4::from_address(&d.address) == outer.to;
+    let flags = d.out as u32 & (dest::METHOD | dest::V6 | dest::LOCAL);
+    let tunnel = dest::TUNNEL | if I::FAMILY == 6 { dest::V6 } else { 0 };
+    let too_big = outer.said == if I::FAMILY == 4 { FRAGMENTATION_NEEDED } else { PACKET_TOO_BIG };
     // Who lets his packets be cut is told of no limit.
-    if !ours || outer.said == FRAGMENTATION_NEEDED && outer.may_fragment {
+    if flags != tunnel || I::from_address(&d.address) != outer.to || too_big && outer.may_fragment {
         return pass(Reason::Icmp);
     }
-    let mut rest = outer.rest;
-    if outer.said == FRAGMENTATION_NEEDED {
-        let (mtu, overhead) = (rest & 0xffff, tunnel::overhead::<V4>(by));
-        rest = if mtu > 68 + overhead { mtu - overhead } else { mtu };
-    }
-    let (client, vip) = (V4::source(&outer.key.words), V4::destination(&outer.key.words));
+    let rest = if too_big { room::<I>(outer.rest, tunnel::overhead::<I>(by)) } else { outer.rest };
+    let (client, vip) = (I::source(&outer.key.words), I::destination(&outer.key.words));
     let mut hop = Hop::default();
-    if t.route::<V4>([vip, client], V4::ICMP, outer.len, &mut hop) != Route::Hop {
+    if t.route::<I>([vip, client], I::ICMP, outer.len, &mut hop) != Route::Hop {
         return pass(Reason::Icmp);
     }
     // Not what Ethernet pads it with.
     if !p.cut(L3 + outer.len as usize) {
         return drop(Reason::Internal);
     }
-    let done = match outer.before {
-        48 => p.strip(48),
-        52 => p.strip(52),
-        56 => p.strip(56),
-        _ => p.strip(60),
+    let first = 2 * I::HEADER + 8;
+    // (By constants.)
+    let done = match outer.before - first {
+        0 => p.strip(first),
+        4 => p.strip(first + 4),
+        8 => p.strip(first + 8),
+        _ => p.strip(first + 12),
     };
-    if !done || !V4::answer(p, Error::Said(outer.said), rest, outer.key.sport(), None) {
+    if !done || !I::answer(p, Error::Said(outer.said), rest, outer.key.sport(), None) {
         return drop(Reason::Internal);
     }
     t.count_out(index, outer.len);
     xmit::send(p, &hop, Reason::ErrorOut)
 }
 
+/// What fits into a tunnel by a link of this MTU. No less than all links take is believed (IPv4), or heeded (IPv6, RFC 8201 4).
+#[inline(always)]
+fn room<I: Ip>(mtu: u32, overhead: u32) -> u32 {
+    if I::FAMILY == 6 {
+        return if mtu > 1280 + overhead { mtu - overhead } else { 1280 };
+    }
+    let mtu = mtu & 0xffff;
+    if mtu > 68 + overhead { mtu - overhead } else { mtu }
+}
+
 /// Type and code.
 const FRAGMENTATION_NEEDED: u16 = 3 << 8 | 4;
+const PACKET_TOO_BIG: u16 = 2 << 8;
 
 /// ... about a flow by FULLNAT: first the end that other methods leave alone, then as for NAT.
 #[inline(always)]

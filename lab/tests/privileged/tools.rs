@@ -43,6 +43,12 @@ fn hops(text: &str) -> Vec<String> {
 fn traceroute(hook: Hook) -> TestResult {
     let lab = lab_for(hook, LAYOUT, Options { servers: 1, ..Options::default() })?;
     let rvs = director(&lab, LAYOUT.director_interfaces(), hook)?;
+    // Hosts tell one client of so many errors a second and no more: 30 traces at once would see stars.
+    for node in ["router", "director", "rs1"] {
+        for name in ["net/ipv4/icmp_ratelimit", "net/ipv6/icmp/ratelimit"] {
+            lab.node(node)?.ns().sysctl(name, "0")?;
+        }
+    }
     for ipv6 in [false, true] {
         let (web, dns) = (vip(&lab, ipv6, 80)?, vip(&lab, ipv6, 53)?);
         let server = at(&lab, "rs1", ipv6, 80)?.ip();
@@ -72,7 +78,10 @@ fn traceroute(hook: Hook) -> TestResult {
                 let is = hops(&output.stdout);
                 let shown =
                     || format!("{method}: {}: {due:?} are due: {output:?}; {:?}", words.join(" "), rvs.verdicts());
-                check(output.status.success() && is.len() >= due.len() && is[..due.len()] == *due, shown)?;
+                // (A host with two addresses in a network speaks from either.)
+                let same = |(is, due): (&String, &&str)| is == due || *due == director && *is == vip;
+                let all = is.len() >= due.len() && is.iter().zip(due).all(same);
+                check(output.status.success() && all, shown)?;
             }
             rvs.ipvsadm("-C")?;
         }
@@ -162,7 +171,7 @@ fn narrow_link(hook: Hook) -> TestResult {
     check(said.contains("ready for tunnels"), || said)?;
     let listener = lab.node("far")?.enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)))??;
     SockRef::from(&listener).set_read_timeout(Some(PATIENCE))?;
-    for (kind, overhead) in [("ipip", 0), ("gre", 4), ("gue --tun-port 6080", 8)] {
+    for (kind, overhead) in [("ipip", 0), ("gre", 4), ("gue --tun-port 6080", 12)] {
         for vip in vips {
             let to = if vip.is_ipv6() { "[fd00:7::2]" } else { "192.168.7.2" };
             let outer = if vip.is_ipv6() { 40 } else { 20 };
