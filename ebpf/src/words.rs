@@ -108,27 +108,32 @@ macro_rules! buckets {
 buckets!(V4, 8, maps::Conn4, maps::Side4, fetch4);
 buckets!(V6, 16, maps::Conn6, maps::Side6, fetch6);
 
-/// A bucket's four rows: two cache lines. (That the first one's number is a multiple of four the verifier sees.)
+/// Words of a cache line.
+const LINE: usize = 8;
+
+/// The lines of a bucket's rows. (Their number is a multiple of four, as the verifier sees, so that all of them lie inside.)
 #[inline(always)]
 fn fetch4(bucket: u32) {
     let rows = maps::Side4::at(bucket << 2) as *const u64;
-    // SAFETY: words of valid values. What they say is not used.
-    unsafe {
-        rows.read_volatile();
-        rows.add(2 * SIDE4_WORDS).read_volatile();
+    let mut i = 0;
+    while i < V4::WAYS * SIDE4_WORDS {
+        // SAFETY: words of valid values. What they say is not used.
+        unsafe { rows.add(i).read_volatile() };
+        i += LINE;
     }
 }
-/// ... and its three, a line each.
+const _: () = assert!(V4::WAYS == 4);
+
 #[inline(always)]
 fn fetch6(bucket: u32) {
-    let mut way = 0;
-    while way < V6::WAYS as u32 {
+    let mut i = 0;
+    while i < V6::WAYS * SIDE6_WORDS {
+        let row = maps::Side6::at(bucket.wrapping_mul(V6::WAYS as u32) + (i / SIDE6_WORDS) as u32) as *const u64;
         // SAFETY: as above.
-        unsafe { (maps::Side6::at(bucket.wrapping_mul(V6::WAYS as u32) + way) as *const u64).read_volatile() };
-        way += 1;
+        unsafe { row.add(i % SIDE6_WORDS).read_volatile() };
+        i += LINE;
     }
 }
-const _: () = assert!(V4::WAYS == 4 && size_of::<[u64; SIDE4_WORDS]>() == 32 && size_of::<[u64; SIDE6_WORDS]>() == 64);
 
 macro_rules! conns {
     ($family:ty, $side:ty, $enter:path, $release:path) => {
