@@ -226,8 +226,8 @@ impl MemTables {
             active: (four.0 + six.0) as u64,
             inactive: (four.1 + six.1) as u64,
             flags: self.dest_flags[index as usize].load(SeqCst),
-            persistent: 0,
             lent: self.lendings[index as usize].load(SeqCst),
+            ..DestState::default()
         }
     }
     /// Entries of both connection tables, forward and reverse, swept or not.
