@@ -137,7 +137,13 @@ pub(super) fn version(config: &Path) -> Result<u64> {
     let at = || failed(format!("pinned map {}", config.display()));
     let data = MapData::from_pin(config).map_err(at())?;
     let bytes = data.info().map_err(at())?.value_size() as usize;
-    let mapping = Mapping::new(data.fd().as_fd(), bytes).map_err(failed("map CONFIG into memory"))?;
+    // (All versions whose connections can be taken over have it in memory.)
+    let mapping = Mapping::new(data.fd().as_fd(), bytes).map_err(|why| {
+        BpfError::Refused(format!(
+            "{} was made by another version of rvsd, or by something else ({bytes} bytes, {why}): go on with that version, or begin anew with `rvsd --anew`, which ends all connections",
+            config.display()
+        ))
+    })?;
     let word = mapping.words().get(VERSION_WORD).map(|w| w.load(Ordering::Acquire));
     word.ok_or_else(|| BpfError::Refused(format!("{} is empty", config.display())))
 }
